@@ -1,0 +1,53 @@
+"""Errors that AutoLoRA raises for wrong input.
+
+Each message is one clear sentence: what is wrong, where, and what to do. The shell prints that
+sentence alone and exits with status 2, so a message must be able to stand without a traceback.
+"""
+
+
+class AutoLoRAError(Exception):
+    """Base of all errors that a user's input can cause."""
+
+
+class LoRAFormatError(AutoLoRAError):
+    """A file, or a set of factors, that is not a usable FLUX.1 LoRA."""
+
+
+class PoolError(AutoLoRAError):
+    """A pool folder that is missing or empty, or a name that is not in it."""
+
+
+class ConfigError(AutoLoRAError):
+    """A configuration file or option with a wrong key or value."""
+
+
+class FusionError(AutoLoRAError):
+    """Adapters that cannot be attached to, or fused in, this model."""
+
+
+class RetrievalError(AutoLoRAError):
+    """An index or encoder that is missing, stale, or does not fit the pool."""
+
+
+class GenerationError(AutoLoRAError):
+    """A request that no picture can be generated for."""
+
+
+def shown(text: object, limit: int = 160) -> str:
+    """Make a file name or key safe to put in a one-line message.
+
+    Args:
+        text: Anything whose ``str`` may come from a user's file.
+        limit: Longest result in characters; the middle of a longer text is cut out.
+
+    Returns:
+        The text with line breaks and other unprintable characters escaped.
+    """
+    escaped = "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in str(text)
+    )
+    if len(escaped) <= limit:
+        return escaped
+    half = (limit - 3) // 2
+    return f"{escaped[:half]}...{escaped[-half:]}"

@@ -1,0 +1,302 @@
+"""What a base model's YAML file may say, and how it is found and read.
+
+One file stands for one base model with its pool, index and defaults. Unknown keys and wrong values
+are errors, all of them named at once. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autolora.errors import ConfigError, shown
+
+KINDS = ("tiny", "flux1")
+STORAGES = ("float8", "bfloat16", "float32")
+COMPUTES = ("auto", "bfloat16", "float32")
+SIZE_MULTIPLE = 16
+MIN_SIZE, MAX_SIZE = 64, 2048
+MAX_STEPS = 200
+MAX_TOP_K = 16
+
+
+@dataclass(frozen=True)
+class PortraitSettings:
+    """How a LoRA's portrait is taken: see `autolora.flux.portraits`."""
+
+    sigmas: tuple[float, ...] = (1.0, 0.85, 0.7)
+    """Noise levels in (0, 1] at which the first guess of the clean picture is looked at."""
+    noises: int = 12
+    """Fixed noises per noise level."""
+    size: int = 128
+    """Side of the picture in pixels."""
+    prompt: str = "an object on a white background"
+    """The neutral prompt."""
+    seed: int = 0
+    """Seed of the noises."""
+    batch: int = 36
+    """Most forward passes to run as one batch."""
+
+    def problems(self) -> list[str]:
+        """Say what is wrong with the values, one sentence part each."""
+        found = []
+        if not self.sigmas or not all(0 < sigma <= 1 for sigma in self.sigmas):
+            found.append(f"portrait.sigmas must be numbers in (0, 1], not {list(self.sigmas)}")
+        if self.noises < 1 or self.batch < 1:
+            found.append("portrait.noises and portrait.batch must be at least 1")
+        problem = size_problem(self.size, self.size)
+        if problem:
+            found.append(f"portrait.size: {problem}")
+        return found
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """A base model with its pool, index and defaults."""
+
+    name: str
+    """How the model is called."""
+    kind: str = "tiny"
+    """Which family of base model: one of `KINDS`."""
+    weights: Path | None = None
+    """Checkpoint; None stands for the one that the package ships."""
+    storage: str = "float8"
+    """What the transformer's linear layers are kept in: one of `STORAGES`."""
+    compute: str = "auto"
+    """What they compute in; ``auto`` follows storage, for float8 the device (float32 on a CPU)."""
+    device: str = "auto"
+    """A torch device; ``auto`` is the first GPU, or else the CPU."""
+    pool: Path = Path("lora_pool")
+    """Folder of LoRA files."""
+    index: Path = Path("index")
+    """Folder that the search index is written to."""
+    encoder: Path | None = None
+    """Weights of the LoRA encoder; None stands for those that the package ships."""
+    gate: Path | None = None
+    """Weights of the gates; None stands for those that the package ships."""
+    strategy: str = "gated"
+    """How several adapters act in one layer."""
+    top_k: int = 3
+    """Most adapters that a prompt may take."""
+    steps: int = 20
+    """Denoising steps."""
+    width: int = 128
+    """Picture width in pixels."""
+    height: int = 128
+    """Picture height in pixels."""
+    guidance: float = 3.0
+    """Scale of classifier-free guidance; of embedded guidance where the model has that."""
+    sigma_shift: float | None = None
+    """Shift of the noise schedule towards noise; None is DiffSynth's default for FLUX.1."""
+    portrait: PortraitSettings = field(default_factory=PortraitSettings)
+    """How portraits of LoRAs are taken."""
+
+    def __post_init__(self) -> None:
+        """Check the values together.
+
+        Raises:
+            ConfigError: Naming every value that is wrong.
+        """
+        found = self.portrait.problems()
+        for key, choices in (("kind", KINDS), ("storage", STORAGES), ("compute", COMPUTES)):
+            value = getattr(self, key)
+            if value not in choices:
+                found.append(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+        if self.storage != "float8" and self.compute not in ("auto", self.storage):
+            found.append(f"storage {self.storage} computes in {self.storage}, not {self.compute}")
+        for problem in (
+            steps_problem(self.steps),
+            size_problem(self.width, self.height),
+            guidance_problem(self.guidance),
+            top_k_problem(self.top_k),
+        ):
+            if problem:
+                found.append(problem)
+        if found:
+            raise ConfigError(f"Configuration {shown(self.name)!r}: {'; '.join(found)}.")
+
+
+def steps_problem(steps: int) -> str | None:
+    """Say what is wrong with a number of denoising steps, or None."""
+    if 1 <= steps <= MAX_STEPS:
+        return None
+    return f"steps must be between 1 and {MAX_STEPS}, not {steps}"
+
+
+def size_problem(width: int, height: int) -> str | None:
+    """Say what is wrong with a picture size in pixels, or None."""
+    for side in (width, height):
+        if side % SIZE_MULTIPLE or not MIN_SIZE <= side <= MAX_SIZE:
+            return (
+                f"size {width}x{height} is not possible: width and height must be multiples of "
+                f"{SIZE_MULTIPLE} between {MIN_SIZE} and {MAX_SIZE}"
+            )
+    return None
+
+
+def guidance_problem(guidance: float) -> str | None:
+    """Say what is wrong with a guidance scale, or None."""
+    if math.isfinite(guidance) and 0 <= guidance <= 100:
+        return None
+    return f"guidance must be a number between 0 and 100, not {guidance}"
+
+
+def top_k_problem(top_k: int) -> str | None:
+    """Say what is wrong with a number of adapters, or None."""
+    if 0 <= top_k <= MAX_TOP_K:
+        return None
+    return f"top_k must be between 0 and {MAX_TOP_K}, not {top_k}"
+
+
+def find_config(name: str | Path) -> Path:
+    """Find a configuration by the name of a shipped one, or by path.
+
+    Args:
+        name: ``tiny``, or a path to a YAML file.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: There is none; the message lists the names that there are.
+    """
+    path = Path(name)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError(f"There is no configuration file {shown(path)}; check the path.")
+    known = shipped_configs()
+    if str(name) in known:
+        return known[str(name)]
+    close = get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(known)}"
+    raise ConfigError(
+        f"There is no base model named {shown(name)!r}; {hint.rstrip('?')}"
+        f"{'?' if close else ''}{' Or' if close else ', or'} give the path of a .yaml file."
+    )
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Configurations of base models by name, from the checkout or else from the package."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.parent / "configs", package / "configs"):
+        files = {file.stem: file for file in sorted(folder.glob("*.yaml")) if _is_pipeline(file)}
+        if files:
+            return files
+    return {}
+
+
+def _is_pipeline(file: Path) -> bool:
+    """Tell base models from other YAML files, such as what training programs read."""
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(raw, Mapping) and "kind" in raw
+
+
+def load_config(source: str | Path) -> PipelineConfig:
+    """Read a base model's configuration.
+
+    Relative paths in it count from the folder that holds ``configs/`` for a file in a folder of
+    that name, from the file's own folder otherwise, and from the working folder for a
+    configuration inside an installed package.
+
+    Args:
+        source: Name or path, as `find_config` takes it.
+
+    Returns:
+        The configuration with absolute paths.
+
+    Raises:
+        ConfigError: There is no such file, it is not YAML, or keys or values are wrong; all of
+            them are named at once.
+    """
+    path = find_config(source)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = shown(" ".join(str(error).split()))
+        raise ConfigError(f"{shown(path)} cannot be read as YAML: {reason}.") from error
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{shown(path)} must hold keys and values, such as `kind: tiny`.")
+    found: list[str] = []
+    values = _values(PipelineConfig, {"name": path.stem, **raw}, "", found)
+    if found:
+        raise ConfigError(f"{shown(path)}: {'; '.join(found)}.")
+    root = _root(path)
+    for key in ("weights", "pool", "index", "encoder", "gate"):
+        value = values.get(key, PipelineConfig.__dataclass_fields__[key].default)
+        values[key] = None if value is None else root / Path(value).expanduser()
+    return PipelineConfig(**values)
+
+
+def _root(path: Path) -> Path:
+    folder = path.resolve().parent
+    if folder.name != "configs":
+        return folder
+    inside_package = (folder.parent / "flux").is_dir() and (folder.parent / "cli.py").is_file()
+    return Path.cwd() if inside_package else folder.parent
+
+
+def _values(
+    kind: type[Any], raw: Mapping[Any, Any], where: str, found: list[str]
+) -> dict[str, Any]:
+    """Check keys and types against a dataclass; what is wrong is added to ``found``."""
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in fields:
+            close = get_close_matches(str(key), fields, n=1)
+            hint = f" (did you mean {where}{close[0]}?)" if close else ""
+            found.append(f"unknown key {where}{shown(key)}{hint}")
+        elif key == "portrait":
+            if isinstance(value, Mapping):
+                values[key] = PortraitSettings(**_values(PortraitSettings, value, "portrait.", found))
+            else:
+                found.append("portrait must hold keys and values")
+        else:
+            expected = str(fields[key].type)
+            converted = _convert(expected, value)
+            if converted is _WRONG:
+                wanted = _WORDS[expected.removesuffix(" | None")]
+                found.append(f"{where}{key} must be {wanted}, not {shown(repr(value), 60)}")
+            else:
+                values[key] = converted
+    return values
+
+
+_WRONG = object()
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "Path": "a path",
+    "tuple[float, ...]": "a list of numbers",
+}
+
+
+def _convert(expected: str, value: Any) -> Any:
+    """Return the value as the field's type, or `_WRONG`."""
+    if value is None:
+        return None if expected.endswith("| None") else _WRONG
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    plain = expected.removesuffix(" | None")
+    if plain == "int":
+        return value if number and isinstance(value, int) else _WRONG
+    if plain == "float":
+        return float(value) if number else _WRONG
+    if plain == "tuple[float, ...]":
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        good = listed and all(_convert("float", item) is not _WRONG for item in value)
+        return tuple(float(item) for item in value) if good else _WRONG
+    if not isinstance(value, str):
+        return _WRONG
+    return Path(value) if plain == "Path" else value

@@ -1,0 +1,1 @@
+"""The tiny world: named drawings that the embedded tiny FLUX and its pool are trained on."""
