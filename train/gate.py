@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,7 @@ class GateTrainer:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         folder = Path(config.pool)
         self.pool = Pool(folder)
-        pipe = load_pipeline(load_config(config.model), storage="float32")
+        pipe = load_pipeline(replace(load_config(config.model), storage="float32"))
         self.items = read_items(pipe, folder, config)
         unit = next(u for u in pipe.units if type(u).__name__ == "FluxImageUnit_PromptEmbedder")
         states, pooled = encode_text(pipe, unit, "", config.text_length)

@@ -1,7 +1,7 @@
 """Trains one LoRA from a folder of pictures with captions.
 
     python -m train.lora --images FOLDER --out FILE.safetensors
-    python -m train.lora --images FOLDER --out FILE.safetensors --model flux1-dev --size 512
+    python -m train.lora --images FOLDER --out FILE.safetensors --model my-flux.yaml --size 512
 
 Each picture needs a caption in a text file of the same name (``cat.png``, ``cat.txt``); several
 lines are several captions. Works on the embedded tiny FLUX and on any FLUX.1 config.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def train_folder(
 
     examples = read_folder(folder)
     model_config = load_config(model)
-    pipe = load_pipeline(model_config, storage="bfloat16")
+    pipe = load_pipeline(replace(model_config, storage="float32"))
     tiny = getattr(pipe.dit, "config", None)
     length = tiny.text_length if tiny else 512
     side = size or (tiny.size if tiny else 512)

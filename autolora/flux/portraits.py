@@ -15,7 +15,7 @@ Shape legend: S noise levels, N noises, C = 16 latent channels, h w latent sides
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -105,11 +105,6 @@ class Portraits:
             **text,
         )
         return velocity.float().cpu()
-
-
-def no_adapter() -> AbstractContextManager[None]:
-    """The context in which nothing is attached; its portrait is zero."""
-    return nullcontext()
 
 
 def _encode(pipe: Any, prompt: str) -> dict[str, Tensor]:

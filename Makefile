@@ -1,0 +1,50 @@
+# make setup | demo PROMPT="…" | test | lint | clean
+# Everything is installed into .venv; PYTHON chooses the interpreter (3.10 or newer) that makes it.
+
+PYTHON ?= python3
+PROMPT ?= a neon elephant on a blue background
+SEED ?= 0
+OUTPUTS ?= outputs
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.autolora-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo 'make setup               install everything into $(VENV)'
+	@echo 'make demo PROMPT="..."   draw a picture with the embedded model, into $(OUTPUTS)/'
+	@echo 'make test                lint, type check and test'
+	@echo 'make lint                only lint and type check'
+	@echo 'make clean               remove caches, builds and the search index'
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "AutoLoRA needs Python 3.10 or newer; choose one with PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[text,dev]"
+	touch $@
+
+demo: setup
+	@$(BIN)/autolora generate "$$PROMPT" --model tiny --seed $(SEED) --out $(OUTPUTS)/
+
+# Handed over through the environment, so that quotes in a prompt need no escaping.
+export PROMPT
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy autolora
+	$(BIN)/lint-imports --no-logo
+
+clean:
+	rm -rf build dist index *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .hypothesis $(OUTPUTS)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,58 @@
+"""What a LoRA is: file formats, exact weight changes, metadata, and pools of files.
+
+Names are imported on first use, so that listing a pool or reading a header does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autolora.adapters.deltas import LayerDelta, LowRank
+    from autolora.adapters.formats import FORMATS, Format
+    from autolora.adapters.lora import LoRA
+    from autolora.adapters.metadata import Metadata
+    from autolora.adapters.pool import Pool, PoolEntry, Problem
+    from autolora.adapters.report import LoadReport
+    from autolora.adapters.writer import save_lora
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "LayerDelta",
+    "LoRA",
+    "LoadReport",
+    "LowRank",
+    "Metadata",
+    "Pool",
+    "PoolEntry",
+    "Problem",
+    "save_lora",
+]
+
+_HOME = {
+    "FORMATS": "formats",
+    "Format": "formats",
+    "LayerDelta": "deltas",
+    "LoRA": "lora",
+    "LoadReport": "report",
+    "LowRank": "deltas",
+    "Metadata": "metadata",
+    "Pool": "pool",
+    "PoolEntry": "pool",
+    "Problem": "pool",
+    "save_lora": "writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)

@@ -1,0 +1,283 @@
+"""Strict reading of safetensors files.
+
+Every entry of the header is checked before data is read, so that every damage has one clear
+sentence. Layout of the format: 8 bytes header length (unsigned, little-endian), a JSON header, then
+the data (https://github.com/huggingface/safetensors). Data is copied, not mapped: people copy new
+files over old ones, which changes or ends a program that has the old one mapped. Nothing in this
+module but `read_tensors` needs torch.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autolora.errors import LoRAFormatError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_HEADER_BYTES = 100_000_000
+_HASH_CHUNK_BYTES = 1 << 20
+
+DTYPE_BYTES: Mapping[str, int] = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+_TORCH_DTYPES: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+}
+NUMBER_DTYPES = frozenset(_TORCH_DTYPES)
+FLOAT_DTYPES = frozenset(name for name in NUMBER_DTYPES if name[0] in "FB")
+
+_FOREIGN_STARTS: tuple[tuple[bytes, str], ...] = (
+    (b"PK\x03\x04", "a pickle archive (.pt, .ckpt), which can run code when opened"),
+    (b"\x80\x02", "a pickle (.pt, .ckpt), which can run code when opened"),
+    (b"\x80\x03", "a pickle (.pt, .ckpt), which can run code when opened"),
+    (b"\x80\x04", "a pickle (.pt, .ckpt), which can run code when opened"),
+    (b"\x80\x05", "a pickle (.pt, .ckpt), which can run code when opened"),
+    (b"GGUF", "a GGUF file"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+    (b"<", "a web page, as a failed download leaves"),
+    (b"{", "JSON text"),
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One entry of a safetensors header.
+
+    Attributes:
+        dtype: The format's name of the element type, such as ``BF16``.
+        shape: Sizes of the tensor's dimensions.
+        begin: Where its data begins, in bytes after the header.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The checked header of a safetensors file.
+
+    Attributes:
+        metadata: Free text entries (``__metadata__``).
+        tensors: Element type, shape and place by key, in the order of the header.
+        data_start: Where the data begins, in bytes after the start of the file.
+    """
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its metadata and tensor entries.
+
+    Raises:
+        LoRAFormatError: The file cannot be read or is not a whole, valid safetensors file.
+    """
+    raw, data_bytes = _read_header_bytes(path)
+    entries = _parse_json(path, raw)
+    metadata = _check_metadata(path, entries.pop("__metadata__", {}))
+    spans: list[tuple[int, int, str]] = []
+    tensors: dict[str, TensorInfo] = {}
+    for key, entry in entries.items():
+        tensors[key], end = _check_entry(path, key, entry)
+        spans.append((tensors[key].begin, end, key))
+    _check_spans(path, spans, data_bytes)
+    return Header(metadata, tensors, 8 + len(raw))
+
+
+def read_tensors(path: Path, header: Header, keys: Iterable[str]) -> "dict[str, Tensor]":
+    """Read tensors of a file.
+
+    Args:
+        path: The file.
+        header: What `read_header` gave for it.
+        keys: Keys of the tensors wanted, of dtypes in `NUMBER_DTYPES`.
+
+    Returns:
+        CPU tensors in the dtype of the file, by key.
+
+    Raises:
+        LoRAFormatError: The file cannot be read, or has become shorter.
+    """
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    try:
+        with path.open("rb") as file:
+            for key in sorted(keys, key=lambda key: header.tensors[key].begin):
+                info = header.tensors[key]
+                tensor = torch.empty(info.shape, dtype=getattr(torch, _TORCH_DTYPES[info.dtype]))
+                raw = tensor.reshape(-1).view(torch.uint8).numpy()
+                file.seek(header.data_start + info.begin)
+                if file.readinto(raw.data) != raw.nbytes:
+                    raise _unusable(path, "became shorter while it was read; load it again")
+                tensors[key] = tensor
+    except OSError as error:
+        raise _unusable(path, f"cannot be read: {shown(error.strerror)}") from error
+    return tensors
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a whole file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits.
+
+    Raises:
+        LoRAFormatError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+    except OSError as error:
+        raise _unusable(path, f"cannot be read: {shown(error.strerror)}") from error
+
+
+def _unusable(path: Path, problem: str) -> LoRAFormatError:
+    return LoRAFormatError(f"{shown(path)} {problem}.")
+
+
+def _damaged(path: Path, problem: str) -> LoRAFormatError:
+    return _unusable(path, f"is not a valid safetensors file: {problem}; download or save it again")
+
+
+def _read_header_bytes(path: Path) -> tuple[bytes, int]:
+    """Read the JSON bytes of a header, and the size of the data behind it."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(32)
+            _refuse_other_kinds(path, start, size)
+            (length,) = struct.unpack("<Q", start[:8])
+            if length > MAX_HEADER_BYTES:
+                raise _damaged(
+                    path, f"its header claims {length} bytes, more than {MAX_HEADER_BYTES}"
+                )
+            if length > size - 8:
+                raise _damaged(path, f"its header claims {length} bytes but only {size - 8} follow")
+            file.seek(8)
+            return file.read(length), size - 8 - length
+    except FileNotFoundError as error:
+        raise _unusable(path, "does not exist; check the path") from error
+    except IsADirectoryError as error:
+        raise _unusable(path, "is a folder; name a .safetensors file in it") from error
+    except (OSError, ValueError) as error:
+        raise _unusable(path, f"cannot be opened: {shown(error)}") from error
+
+
+def _refuse_other_kinds(path: Path, start: bytes, size: int) -> None:
+    if size == 0:
+        raise _unusable(path, "is empty; download or save it again")
+    # A safetensors file may begin with any byte, so a header that would fit speaks first.
+    fits = len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= size - 8
+    for magic, kind in _FOREIGN_STARTS:
+        if start.startswith(magic) and not fits:
+            raise _unusable(path, f"is {kind}; only safetensors files are read")
+    if len(start) < 8:
+        raise _damaged(path, f"it has only {size} bytes")
+
+
+def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+            raise _damaged(path, f"its header names {shown(twice)!r} twice")
+        return result
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "its header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    return entries
+
+
+def _check_metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "__metadata__ is not a JSON object")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise _damaged(path, f"metadata {shown(key)!r} is not text")
+    return metadata
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _check_entry(path: Path, key: str, entry: object) -> tuple[TensorInfo, int]:
+    def bad(problem: str) -> LoRAFormatError:
+        return _damaged(path, f"key {shown(key)!r} {problem}")
+
+    if not isinstance(entry, dict):
+        raise bad("has no entry of dtype, shape and data_offsets")
+    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    width = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
+    if width is None:
+        raise bad(f"has unknown dtype {shown(dtype)!r}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise bad("has a shape that is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise bad("has data_offsets that are not two positions")
+    begin, end = offsets
+    expected = width
+    for dim in shape:
+        expected *= dim
+    if end - begin != expected:
+        raise bad(f"of shape {shape} and dtype {dtype} needs {expected} bytes, not {end - begin}")
+    return TensorInfo(str(dtype), tuple(shape), begin), end
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_bytes: int) -> None:
+    """Tensors must cover the data exactly: no gap, no overlap, nothing left over."""
+    position = 0
+    for begin, end, key in sorted(spans):
+        if begin != position:
+            fault = "overlaps the tensor before it" if begin < position else "leaves a gap"
+            raise _damaged(path, f"key {shown(key)!r} {fault}")
+        position = end
+    if position > data_bytes:
+        raise _unusable(
+            path,
+            f"is cut off: its tensors need {position} bytes and {data_bytes} are there; "
+            "download it again",
+        )
+    if position < data_bytes:
+        raise _damaged(path, f"{data_bytes - position} bytes follow the last tensor")

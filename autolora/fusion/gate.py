@@ -1,0 +1,195 @@
+"""The learned gate of one linear layer (AutoLoRA, section "gated fusion").
+
+Shapes: ``N`` adapters, ``T`` tokens (any leading shape), ``out`` output channels.
+
+With the layer's own output ``y`` and the adapters' outputs ``l_i``::
+
+    g_i = sigmoid(LN_b(y) w_b + LN_l(l_i) w_l + LN_b(y) LN_l(l_i) w_c + bias)
+    out = y + w_out * sum_i g_i l_i
+
+All products are elementwise over the output channels, and all parameters are shared by the
+adapters, so that one gate fuses any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from autolora.errors import FusionError
+
+PARAMETER_NAMES = (
+    "weight_base",
+    "weight_lora",
+    "weight_cross",
+    "weight_out",
+    "bias",
+    "norm_base.weight",
+    "norm_base.bias",
+    "norm_lora.weight",
+    "norm_lora.bias",
+)
+"""The published names of one layer's tensors, each of shape ``[out]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateTerms:
+    """A gate rearranged for speed; all tensors ``[out]``.
+
+    The gate's argument is linear in the normalised adapter output, so with ``LN(y; w, b)`` the
+    layer norm of ``y`` with scale ``w`` and shift ``b``, and ``n_i`` the adapter's output
+    normalised *without* scale and shift::
+
+        g_i = sigmoid(LN(y; base_weight, base_bias) + n_i * LN(y; coef_weight, coef_bias))
+
+    Two layer norms of ``y`` thus serve all adapters.
+    """
+
+    base_weight: Tensor
+    base_bias: Tensor
+    coef_weight: Tensor
+    coef_bias: Tensor
+    out: Tensor
+    eps_base: float
+    eps_lora: float
+
+
+class Gate(nn.Module):
+    """Decides, per output channel and token, how much each adapter says in one linear layer.
+
+    Args:
+        out_features: Output channels of the layer.
+        eps: Added to the variance in both layer norms.
+
+    A new gate is neutral: it passes every adapter unchanged, which is the plain sum.
+    """
+
+    def __init__(self, out_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight_base = nn.Parameter(torch.zeros(out_features))
+        self.weight_lora = nn.Parameter(torch.zeros(out_features))
+        self.weight_cross = nn.Parameter(torch.zeros(out_features))
+        # sigmoid(0) is 1/2 exactly, so that an output weight of 2 makes the neutral gate exact.
+        self.weight_out = nn.Parameter(torch.full((out_features,), 2.0))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        self.norm_base = nn.LayerNorm(out_features, eps=eps)
+        self.norm_lora = nn.LayerNorm(out_features, eps=eps)
+        self._cached_terms: tuple[tuple[object, ...], GateTerms | None] | None = None
+
+    @classmethod
+    def neutral(cls, out_features: int) -> Gate:
+        """Return the gate under which fusion is the plain sum, exactly."""
+        return cls(out_features)
+
+    @classmethod
+    def from_diffsynth(cls, state_dict: Mapping[str, Tensor]) -> Gate:
+        """Build a gate from one layer's published tensors.
+
+        Args:
+            state_dict: The nine tensors of `PARAMETER_NAMES`, each ``[out]``.
+
+        Raises:
+            FusionError: A name is missing or unknown, or a tensor is not a finite float ``[out]``.
+        """
+        _check_tensors(state_dict)
+        gate = cls(state_dict["bias"].shape[0])
+        gate.load_state_dict({name: tensor.float() for name, tensor in state_dict.items()})
+        return gate
+
+    @property
+    def out_features(self) -> int:
+        """Output channels of the layer that the gate is made for."""
+        return self.bias.shape[0]
+
+    @property
+    def trains(self) -> bool:
+        """Whether a gradient for any of the gate's parameters is wanted right now."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def forward(self, base_output: Tensor, adapter_outputs: Tensor) -> Tensor:
+        """Fuse by the equation as it is written; `autolora.fusion.arithmetic` is the fast form.
+
+        Args:
+            base_output: ``y``, ``[..., out]``.
+            adapter_outputs: ``l_i`` stacked, ``[N, ..., out]``.
+
+        Returns:
+            The fused output, ``[..., out]``.
+        """
+        base = self.norm_base(base_output)
+        lora = self.norm_lora(adapter_outputs)
+        argument = base * self.weight_base + lora * self.weight_lora
+        argument = argument + base * lora * self.weight_cross + self.bias
+        return base_output + self.weight_out * (torch.sigmoid(argument) * adapter_outputs).sum(0)
+
+    def is_neutral(self) -> bool:
+        """Whether the parameters are exactly those of the plain sum."""
+        silent = (self.weight_base, self.weight_lora, self.weight_cross, self.bias)
+        return not any(bool(p.any()) for p in silent) and bool((self.weight_out == 2).all())
+
+    def terms(self, dtype: torch.dtype, device: torch.device) -> GateTerms | None:
+        """Return the rearranged gate in ``dtype`` on ``device``; None stands for the plain sum.
+
+        While the gate trains, the terms carry gradients and are made anew at each call; otherwise
+        they are cached until a parameter changes.
+        """
+        if self.trains:
+            return self._make_terms(dtype, device)
+        key = (dtype, device, *self._version())
+        if self._cached_terms is None or self._cached_terms[0] != key:
+            # A cache filled under inference_mode must still serve a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                terms = None if self.is_neutral() else self._make_terms(dtype, device)
+            self._cached_terms = (key, terms)
+        return self._cached_terms[1]
+
+    def _make_terms(self, dtype: torch.dtype, device: torch.device) -> GateTerms:
+        scale_b, shift_b = self.norm_base.weight, self.norm_base.bias
+        scale_l, shift_l = self.norm_lora.weight, self.norm_lora.bias
+        base = self.weight_base + shift_l * self.weight_cross
+        vectors = (
+            scale_b * base,
+            shift_b * base + shift_l * self.weight_lora + self.bias,
+            scale_b * scale_l * self.weight_cross,
+            scale_l * (self.weight_lora + shift_b * self.weight_cross),
+            self.weight_out,
+        )
+        cast = [v.to(device=device, dtype=dtype) for v in vectors]
+        return GateTerms(*cast, eps_base=self.norm_base.eps, eps_lora=self.norm_lora.eps)
+
+    def _version(self) -> tuple[object, ...]:
+        return tuple(
+            stamp
+            for module in (self, self.norm_base, self.norm_lora)
+            for parameter in module._parameters.values()
+            for stamp in tensor_version(parameter)
+        )
+
+
+def tensor_version(tensor: Tensor | None) -> tuple[int, int]:
+    """Return a stamp that changes when the tensor is replaced, moved, or written in place."""
+    if tensor is None:
+        return (0, 0)
+    return (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+
+
+def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:
+    missing = [name for name in PARAMETER_NAMES if name not in state_dict]
+    unknown = [name for name in state_dict if name not in PARAMETER_NAMES]
+    if missing or unknown:
+        raise FusionError(
+            f"a gate needs the tensors {', '.join(PARAMETER_NAMES)}; "
+            f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown[:5]) or 'none'}"
+        )
+    shape = state_dict["bias"].shape
+    for name, tensor in state_dict.items():
+        if tensor.dim() != 1 or tensor.shape != shape or tensor.numel() == 0:
+            raise FusionError(
+                f"gate tensor {name} has shape {list(tensor.shape)} where bias has {list(shape)}; "
+                "all nine must be vectors over the layer's output channels"
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            raise FusionError(f"gate tensor {name} must hold finite floating-point numbers")

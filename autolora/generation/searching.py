@@ -1,0 +1,174 @@
+"""The search index of a pool, built when first needed and kept up to date.
+
+Joins what the floors below must not know of each other: portraits come from the base model with an
+adapter attached (``flux`` and ``fusion``), and are handed to the retriever as tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autolora.adapters import LoRA, Pool
+from autolora.flux.config import PipelineConfig
+from autolora.flux.layers import linear_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autolora.retrieval import Hit, MiniLMText, Provenance, RefreshReport, Retriever, Searcher
+
+Progress = Callable[[int, int], None]
+"""Called with files done and files in all."""
+
+
+@dataclass
+class IndexState:
+    """An open index and what was last done to it."""
+
+    searcher: Searcher
+    report: RefreshReport
+    seen: tuple[Any, ...]
+
+
+class PoolSearch:
+    """Searches a pool; the base model is asked for only where a file must be encoded."""
+
+    def __init__(self, config: PipelineConfig, pool: Pool, base: Callable[[], Any]) -> None:
+        """Remember where things are; nothing is loaded.
+
+        Args:
+            config: Says where index and encoder are and how portraits are taken.
+            pool: The pool.
+            base: Gives the DiffSynth pipeline, without anything attached.
+        """
+        self.config = config
+        self.pool = pool
+        self._base = base
+        self._state: IndexState | None = None
+        self._portraits: Any = None
+        self._shapes: dict[str, tuple[int, int]] | None = None
+
+    def search(self, prompt: str, k: int) -> list[Hit]:
+        """Rank the pool for a prompt, best first."""
+        return self.open().searcher.search(prompt, k)
+
+    def choose(self, prompt: str, k: int, taken: Collection[str] = ()) -> list[Hit]:
+        """Choose adapters that cover a prompt beside those that are taken anyway."""
+        from autolora.retrieval import choose
+
+        if k < 1:
+            return []
+        return choose(self.open().searcher, prompt, k, taken=taken)
+
+    def open(self, progress: Progress | None = None) -> IndexState:
+        """Return the index, brought up to date where files of the pool changed.
+
+        Raises:
+            PoolError: The pool is missing or empty.
+            RetrievalError: The encoder or the index folder cannot be used.
+        """
+        self.pool.refresh()
+        seen = tuple(self.pool.entries)
+        if self._state is None or self._state.seen != seen:
+            return self.refresh(progress=progress)
+        return self._state
+
+    def refresh(self, rebuild: bool = False, progress: Progress | None = None) -> IndexState:
+        """Bring the index up to date, also where only files beside the LoRAs changed.
+
+        Args:
+            rebuild: Encode every file again.
+            progress: Told of every file.
+
+        Returns:
+            The index and what was done.
+
+        Raises:
+            PoolError: The pool is missing or empty.
+            RetrievalError: The encoder or the index folder cannot be used.
+        """
+        from autolora.retrieval import Searcher, refresh_index
+
+        index, report = refresh_index(
+            self.config.index,
+            self.pool,
+            self._provenance(),
+            self._text_encoder,
+            self._encode,
+            rebuild=rebuild,
+            progress=progress,
+        )
+        searcher = Searcher(index, self._text_encoder, self._retriever)
+        self._state = IndexState(searcher, report, tuple(self.pool.entries))
+        return self._state
+
+    def portrait(self, lora: LoRA) -> Tensor:
+        """Take an adapter's portrait, ``[S, N, C, h, w]``; see `autolora.flux.portraits`."""
+        from autolora.flux.portraits import Portraits
+        from autolora.fusion import attached
+
+        pipe = self._base()
+        if self._portraits is None:
+            self._portraits = Portraits(pipe, self.config.portrait)
+        return self._portraits.take(attached(pipe.dit, [(lora, 1.0)], "sum"))
+
+    def _encode(self, lora: LoRA) -> Tensor | None:
+        """Return the adapter's vector; an adapter for another model is an error."""
+        retriever = self._retriever
+        if self._shapes is None:
+            self._shapes = linear_layers(self._base().dit)
+        lora.check_fits(self._shapes)
+        if retriever is None:
+            return None
+        portrait = self.portrait(lora) if retriever.needs_portraits else None
+        return retriever.encode(lora, portrait)
+
+    @cached_property
+    def _text_encoder(self) -> MiniLMText:
+        from autolora.retrieval import MiniLMText
+
+        return MiniLMText()
+
+    @cached_property
+    def _retriever(self) -> Retriever | None:
+        """Trained encoders; without them only metadata is searched."""
+        from autolora.retrieval import Retriever
+
+        path = self.config.encoder or shipped_encoder()
+        return None if path is None else Retriever.load(path)
+
+    def _provenance(self) -> Provenance:
+        """What vectors depend on: encoder, base model and portrait settings."""
+        from autolora.retrieval import Provenance
+
+        retriever, text = self._retriever, self._text_encoder
+        if retriever is None:
+            return Provenance("", 0, text.name, text.dim)
+        made_with = [retriever.sha256]
+        if retriever.needs_portraits:
+            made_with += [_stamp(self.config), str(self.config.portrait)]
+        digest = hashlib.sha256("\n".join(made_with).encode()).hexdigest()
+        return Provenance(digest, retriever.dim, text.name, text.dim)
+
+
+def shipped_encoder() -> Path | None:
+    """The encoder that the package ships, where it does."""
+    folder = Path(__file__).resolve().parents[1] / "retrieval" / "weights"
+    return next(iter(sorted(folder.glob("*.safetensors"))), None)
+
+
+def _stamp(config: PipelineConfig) -> str:
+    """Tell base models apart without hashing checkpoints of many gigabytes."""
+    from autolora.flux.tiny.weights import SHIPPED
+
+    path = config.weights or SHIPPED
+    try:
+        stat = path.stat()
+    except OSError:
+        return f"{config.kind} {path.name}"
+    return f"{config.kind} {path.name} {stat.st_size} {stat.st_mtime_ns} {config.storage}"

@@ -1,0 +1,333 @@
+"""A trained retriever: one or more encoders, their probes, calibration and provenance, in a file.
+
+The vectors of several encoders are joined with square-root weights, so that the dot product of
+two joined vectors is the weighted mean of the encoders' cosines and one index serves them all.
+
+Shape legend: n LoRAs or texts, D joined dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autolora.adapters.reader import file_sha256
+from autolora.errors import RetrievalError, shown
+from autolora.retrieval.calibration import Calibration
+from autolora.retrieval.encoder import EncoderConfig, LoRAEncoder
+from autolora.retrieval.features import LoRAInputs
+from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
+from autolora.retrieval.ridge import RidgeEncoder
+from autolora.retrieval.tokens import TokenSpec, weight_tokens
+
+if TYPE_CHECKING:
+    from autolora.adapters.lora import LoRA
+
+FORMAT = "autolora-retriever-1"
+_HALF_FROM = 1 << 15
+Encoder = LoRAEncoder | RidgeEncoder
+
+
+@dataclass(frozen=True)
+class RetrieverSpec:
+    """Everything about a retriever that is not a tensor.
+
+    Attributes:
+        tokens: How weight tokens are made; None when no encoder uses them.
+        portrait: Shape of the portraits; None when no encoder uses them.
+        text_encoder: Name of the text encoder.
+        weights: Weight of each encoder in the joined vector, adding up to 1.
+        calibration: From similarity to probability.
+        provenance: How it was trained: base model, portrait settings, data, versions, numbers.
+    """
+
+    tokens: TokenSpec | None
+    portrait: PortraitSpec | None
+    text_encoder: str
+    weights: tuple[float, ...]
+    calibration: Calibration = field(default_factory=Calibration)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+class Retriever(nn.Module):
+    """Encodes LoRAs and texts to comparable unit vectors.
+
+    Args:
+        spec: What the tensors mean.
+        encoders: One or more trained encoders.
+        probes: Fitted queries ``[P, in]`` by layer.
+        background: Text vectors ``[b, D]`` that the calibration compares with.
+        references: LoRA vectors ``[m, D]`` that the calibration compares with.
+    """
+
+    background: Tensor
+    references: Tensor
+
+    def __init__(
+        self,
+        spec: RetrieverSpec,
+        encoders: Sequence[Encoder],
+        probes: dict[str, Tensor] | None = None,
+        background: Tensor | None = None,
+        references: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if not encoders or len(encoders) != len(spec.weights):
+            raise RetrievalError("A retriever needs at least one encoder and a weight for each.")
+        self.spec = spec
+        self.encoders = nn.ModuleList(encoders)
+        self.probes = dict(probes or {})
+        self.path: Path | None = None
+        empty = torch.zeros(0, self.dim)
+        self.register_buffer("background", empty if background is None else background)
+        self.register_buffer("references", empty if references is None else references)
+        self.eval().requires_grad_(False)
+
+    @property
+    def members(self) -> list[Encoder]:
+        """The encoders."""
+        return list(self.encoders)  # type: ignore[arg-type]
+
+    @property
+    def dim(self) -> int:
+        """Length D of the joined vectors."""
+        return sum(member.dim for member in self.members)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether some encoder uses weight tokens."""
+        return any(member.uses_weights for member in self.members)
+
+    @property
+    def needs_portraits(self) -> bool:
+        """Whether some encoder uses portraits."""
+        return any(member.uses_portraits for member in self.members)
+
+    @property
+    def calibration(self) -> Calibration:
+        """From similarity to probability."""
+        return self.spec.calibration
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is anything to compare similarities with."""
+        return len(self.background) > 1 and len(self.references) > 1
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of its file; empty for one that was not loaded from a file."""
+        return "" if self.path is None else file_sha256(self.path)
+
+    def inputs(self, lora: LoRA | None = None, portrait: Tensor | None = None) -> LoRAInputs:
+        """Make one LoRA's tokens.
+
+        Args:
+            lora: The adapter; needed only where weight tokens are used.
+            portrait: ``[S, K, C, h, w]``; needed only where portraits are used.
+
+        Returns:
+            Inputs of one LoRA.
+
+        Raises:
+            RetrievalError: They do not fit what the retriever was trained on.
+        """
+        found = LoRAInputs()
+        if lora is not None and self.needs_weights and self.spec.tokens is not None:
+            found.weights = weight_tokens(lora, self.spec.tokens, self.probes)
+            if not bool(found.weights.mask.any()):
+                found.weights = None
+        if portrait is not None and self.needs_portraits and self.spec.portrait is not None:
+            found.portraits = portrait_tokens(portrait, self.spec.portrait)
+        return found
+
+    @torch.no_grad()
+    def encode(self, lora: LoRA | None = None, portrait: Tensor | None = None) -> Tensor:
+        """Encode one LoRA.
+
+        Args:
+            lora: The adapter.
+            portrait: ``[S, K, C, h, w]``.
+
+        Returns:
+            Unit vector ``[D]``.
+
+        Raises:
+            RetrievalError: Neither is there, or they do not fit.
+        """
+        return self.encode_inputs(self.inputs(lora, portrait))[0]
+
+    @torch.no_grad()
+    def encode_inputs(self, inputs: LoRAInputs) -> Tensor:
+        """Encode LoRAs from their tokens.
+
+        Args:
+            inputs: n LoRAs.
+
+        Returns:
+            Unit vectors ``[n, D]``; the parts of encoders whose inputs are absent are zero.
+
+        Raises:
+            RetrievalError: No encoder has what it needs.
+        """
+        parts: list[Tensor] = []
+        used = 0.0
+        for member, weight in zip(self.members, self.spec.weights, strict=True):
+            if _can_encode(member, inputs):
+                parts.append(member.encode_loras(inputs) * weight**0.5)
+                used += weight
+            else:
+                count = max((len(p) for p in (inputs.weights, inputs.portraits) if p), default=0)
+                parts.append(torch.zeros(count, member.dim))
+        if used <= 0:
+            needed = " or ".join(
+                name
+                for name, wanted in (
+                    ("layers that it was trained on", self.needs_weights),
+                    ("a portrait", self.needs_portraits),
+                )
+                if wanted
+            )
+            raise RetrievalError(
+                f"The retriever cannot encode this LoRA: it needs {needed}; check that both are "
+                "for the same base model."
+            )
+        return torch.cat(parts, 1) / used**0.5
+
+    @torch.no_grad()
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Map vectors of the text encoder to the joined space.
+
+        Args:
+            text: ``[n, text dimensions]``.
+
+        Returns:
+            Unit vectors ``[n, D]``.
+        """
+        pairs = zip(self.members, self.spec.weights, strict=True)
+        return torch.cat([member.encode_text(text) * weight**0.5 for member, weight in pairs], 1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, atomically.
+
+        Large matrices are stored in half precision, which does not change a ranking.
+
+        Args:
+            path: The file.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = dict(self.state_dict())
+        tensors |= {f"probes.{layer}": probe for layer, probe in self.probes.items()}
+        tensors = {name: _stored(value) for name, value in tensors.items()}
+        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata={"format": FORMAT, "config": self._describe()})
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        self.path = target
+        self.__dict__.pop("sha256", None)
+
+    def _describe(self) -> str:
+        spec = asdict(self.spec)
+        spec["members"] = [{"kind": m.kind, "config": m.config} for m in self.members]
+        return json.dumps(spec, sort_keys=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Retriever:
+        """Read a retriever.
+
+        Args:
+            path: A file that `save` wrote.
+
+        Returns:
+            The retriever.
+
+        Raises:
+            RetrievalError: The file is missing, damaged, or of another kind.
+        """
+        file = Path(path)
+        try:
+            with safe_open(file, framework="pt") as reader:
+                header = reader.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise RetrievalError(
+                        f"{shown(file)} is not a retriever of this version ({FORMAT}); train it "
+                        "again with python -m train.retriever."
+                    )
+                tensors = {key: reader.get_tensor(key).float() for key in reader.keys()}  # noqa: SIM118
+            retriever = _rebuild(json.loads(header["config"]), tensors)
+        except FileNotFoundError as error:
+            raise RetrievalError(
+                f"There is no retriever at {shown(file)}; train one with python -m train.retriever."
+            ) from error
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            reason = shown(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            raise RetrievalError(
+                f"The retriever {shown(file)} is damaged ({reason}); get it or train it again."
+            ) from error
+        retriever.path = file
+        return retriever
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    large = tensor.numel() > _HALF_FROM
+    return tensor.detach().cpu().to(torch.float16 if large else torch.float32).contiguous()
+
+
+def _can_encode(member: Encoder, inputs: LoRAInputs) -> bool:
+    weights = member.uses_weights and inputs.weights is not None
+    portraits = member.uses_portraits and inputs.portraits is not None
+    if isinstance(member, LoRAEncoder):
+        return weights or portraits
+    return weights == member.uses_weights and portraits == member.uses_portraits
+
+
+def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> Retriever:
+    members = config.pop("members")
+    unknown = set(config) - {item.name for item in fields(RetrieverSpec)}
+    if unknown:
+        raise ValueError(f"unknown settings {sorted(unknown)}")
+    tokens = config.pop("tokens")
+    if tokens is not None:
+        tokens = TokenSpec(**{**tokens, "layers": tuple(tokens["layers"])})
+    portrait = config.pop("portrait")
+    spec = RetrieverSpec(
+        tokens=tokens,
+        portrait=None if portrait is None else PortraitSpec(**portrait),
+        weights=tuple(config.pop("weights")),
+        calibration=Calibration(**config.pop("calibration")),
+        **config,
+    )
+    encoders = [_member(entry, tokens) for entry in members]
+    probes = {
+        key.removeprefix("probes."): tensors.pop(key)
+        for key in list(tensors)
+        if key.startswith("probes.")
+    }
+    banks = tensors["background"], tensors["references"]
+    retriever = Retriever(spec, encoders, probes, *banks)
+    retriever.load_state_dict(tensors, strict=True)
+    return retriever
+
+
+def _member(entry: dict[str, Any], tokens: TokenSpec | None) -> Encoder:
+    if entry["kind"] == LoRAEncoder.kind:
+        return LoRAEncoder(EncoderConfig(**entry["config"]))
+    if entry["kind"] == RidgeEncoder.kind:
+        # Portrait-only encoders never look at the token spec.
+        return RidgeEncoder.from_config(entry["config"], tokens or TokenSpec(("none",)))
+    raise ValueError(f"unknown kind of encoder {entry['kind']!r}")

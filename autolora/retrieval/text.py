@@ -1,0 +1,91 @@
+"""Text encoders: what turns captions, metadata and prompts into vectors."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from autolora.errors import RetrievalError
+
+
+class TextEncoder(Protocol):
+    """Anything that gives unit vectors for texts."""
+
+    @property
+    def name(self) -> str:
+        """Name that is kept with what was made by this encoder."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Length D of its vectors."""
+        ...
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """Encode texts.
+
+        Args:
+            texts: n texts.
+
+        Returns:
+            Unit vectors ``[n, D]``, float32.
+        """
+        ...
+
+
+class MiniLMText:
+    """all-MiniLM-L6-v2 as a `TextEncoder`; its weights are loaded when first needed."""
+
+    def __init__(self, cache_size: int = 4096) -> None:
+        """Make the encoder without loading it.
+
+        Args:
+            cache_size: How many texts' vectors to keep; a prompt's words recur often.
+        """
+        from autolora.flux.tiny.text import MiniLM
+
+        self.name: str = MiniLM.name
+        self.dim: int = MiniLM.dim
+        self._cache: dict[str, Tensor] = {}
+        self._cache_size = cache_size
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """Encode texts.
+
+        Args:
+            texts: n texts.
+
+        Returns:
+            Unit vectors ``[n, D]``, float32.
+        """
+        import torch
+
+        from autolora.flux.tiny.text import shared_minilm
+
+        new = list(dict.fromkeys(text for text in texts if text not in self._cache))
+        if len(self._cache) + len(new) > self._cache_size:
+            self._cache.clear()
+            new = list(dict.fromkeys(texts))
+        if new:
+            vectors = shared_minilm().encode(new).float()
+            self._cache.update(zip(new, vectors, strict=True))
+        found = [self._cache[text] for text in texts]
+        return torch.stack(found) if found else torch.zeros(0, self.dim)
+
+
+def check_text_encoder(wanted: str, encoder: TextEncoder) -> None:
+    """Make sure that a text encoder is the one that something was made with.
+
+    Args:
+        wanted: Name of the encoder that was used.
+        encoder: The encoder at hand.
+
+    Raises:
+        RetrievalError: They differ.
+    """
+    if wanted and wanted != encoder.name:
+        raise RetrievalError(
+            f"The retriever was trained on text vectors of {wanted}, but the text encoder here is "
+            f"{encoder.name}; use that encoder, or train the retriever again."
+        )

@@ -1,0 +1,274 @@
+"""Files that cannot be used: one sentence each, naming the file, the key and the fault."""
+
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from autolora.adapters import LoRA
+from autolora.adapters.reader import read_header
+from autolora.errors import LoRAFormatError
+from tests.adapters.lora_files import make_file
+
+KEY = "lora_unet_double_blocks_0_img_attn_proj"
+DOWN, UP, ALPHA = f"{KEY}.lora_down.weight", f"{KEY}.lora_up.weight", f"{KEY}.alpha"
+
+
+def message_for(path) -> str:
+    with pytest.raises(LoRAFormatError) as caught:
+        LoRA.load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def pack(header, data=b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def entry(shape=(1, 2), begin=0, end=8, dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+GOOD = save({DOWN: torch.ones(2, 4), UP: torch.ones(4, 2)})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["is empty"]),
+        (b"abc", ["only 3 bytes"]),
+        (b"A" * 100, ["header claims", "more than"]),
+        (struct.pack("<Q", 5000) + b"{}", ["header claims 5000 bytes but only 2"]),
+        (struct.pack("<Q", 2**63) + b"{}", ["more than"]),
+        (pack(b"{nope"), ["not JSON"]),
+        (pack(b"\xff\xfe{}"), ["not JSON"]),
+        (pack(b"[" * 5000), ["not JSON"]),
+        (pack(b"[1, 2]"), ["not a JSON object"]),
+        (pack({}), ["holds no tensors"]),
+        (pack({"__metadata__": 3}), ["__metadata__"]),
+        (pack({"__metadata__": {"a": 3}}), ["metadata 'a' is not text"]),
+        (pack({"a": 3}), ["key 'a' has no entry"]),
+        (pack({"a": entry(dtype="Q7")}, bytes(8)), ["key 'a'", "unknown dtype 'Q7'"]),
+        (pack({"a": entry(dtype=None)}, bytes(8)), ["key 'a'", "unknown dtype"]),
+        (pack({"a": entry(shape=[-1, 2])}, bytes(8)), ["key 'a'", "shape"]),
+        (pack({"a": entry(shape=[True, 2])}, bytes(8)), ["key 'a'", "shape"]),
+        (pack({"a": entry(end=-8)}), ["key 'a'", "data_offsets"]),
+        (pack({"a": entry(shape=[3, 2])}, bytes(8)), ["needs 24 bytes, not 8"]),
+        (pack({"a": entry(), "b": entry(begin=4, end=12)}, bytes(12)), ["'b' overlaps"]),
+        (pack({"a": entry(), "b": entry(begin=12, end=20)}, bytes(20)), ["'b' leaves a gap"]),
+        (pack({"a": entry()}, bytes(20)), ["12 bytes follow"]),
+        (pack(b'{"a": 1, "a": 2}'), ["names 'a' twice"]),
+        (GOOD[:-5], ["cut off", "download it again"]),
+        (pickle.dumps({"a": 1}), ["pickle", "only safetensors"]),
+        (b"PK\x03\x04" + bytes(50), ["pickle", "only safetensors"]),
+        (b"<!DOCTYPE html><html>" + bytes(50), ["web page"]),
+        (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer"]),
+        (b"GGUF" + bytes(50), ["GGUF"]),
+    ],
+)
+def test_damaged_files(tmp_path, content, words):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    message = message_for(path)
+    assert "bad.safetensors" in message
+    for word in words:
+        assert word in message
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "does not exist" in message_for(tmp_path / "none.safetensors")
+    assert "is a folder" in message_for(tmp_path)
+
+
+def nan(tensor):
+    tensor = tensor.clone()
+    tensor[0, 1] = float("nan")
+    return tensor
+
+
+DOWN_OK, UP_OK = torch.ones(2, 4), torch.ones(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({DOWN: DOWN_OK}, [DOWN, "no partner", "B (up)"]),
+        ({UP: UP_OK}, [UP, "no partner", "A (down)"]),
+        ({DOWN: DOWN_OK, UP: torch.ones(4, 3)}, [UP, "[4, 3]", "[2, 4]", "ranks differ"]),
+        ({DOWN: DOWN_OK.int(), UP: UP_OK}, [DOWN, "I32", "floating-point"]),
+        ({DOWN: DOWN_OK, UP: UP_OK.to(torch.int8)}, [UP, "I8"]),
+        ({DOWN: torch.ones(0, 4), UP: torch.ones(4, 0)}, [DOWN, "holds no values"]),
+        ({DOWN: torch.ones(2, 4, 1, 1), UP: UP_OK}, [DOWN, "2-D"]),
+        ({DOWN: nan(DOWN_OK), UP: UP_OK}, [DOWN, "NaN"]),
+        ({DOWN: DOWN_OK, UP: nan(UP_OK).half()}, [UP, "NaN"]),
+        ({DOWN: DOWN_OK, UP: nan(UP_OK).to(torch.float8_e4m3fn)}, [UP, "NaN"]),
+        ({DOWN: DOWN_OK, UP: UP_OK.bfloat16() * float("inf")}, [UP, "infinite"]),
+        ({DOWN: DOWN_OK, UP: UP_OK, ALPHA: torch.tensor(float("nan"))}, [ALPHA, "NaN"]),
+        ({DOWN: DOWN_OK, UP: UP_OK, ALPHA: torch.ones(3)}, [ALPHA, "one number"]),
+        ({DOWN: DOWN_OK, UP: UP_OK, ALPHA: torch.tensor(True)}, [ALPHA, "BOOL"]),
+        (
+            {
+                DOWN: DOWN_OK,
+                UP: UP_OK,
+                "transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight": DOWN_OK,
+                "transformer.transformer_blocks.0.attn.to_out.0.lora_B.weight": UP_OK,
+            },
+            ["twice", DOWN],
+        ),
+        (
+            {
+                "diffusion_model.single_blocks.0.linear1.lora_A.weight": DOWN_OK,
+                "diffusion_model.single_blocks.0.linear1.lora_B.weight": torch.ones(7, 2),
+                "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": DOWN_OK,
+                "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(1, 2),
+            },
+            ["twice", "linear1", "to_q"],
+        ),
+        (
+            {
+                "x_embedder.lora_A.cat.weight": DOWN_OK,
+                "x_embedder.lora_B.cat.weight": UP_OK,
+                "proj_out.lora_A.dog.weight": DOWN_OK,
+                "proj_out.lora_B.dog.weight": UP_OK,
+            },
+            ["several adapters", "'cat'", "'dog'"],
+        ),
+        (
+            {
+                "transformer_blocks.0.attn.to_q.lora_A.weight": DOWN_OK,
+                "transformer_blocks.0.attn.to_q.lora_B.weight": UP_OK,
+                "transformer_blocks.0.attn.to_k.lora_A.weight": DOWN_OK,
+                "transformer_blocks.0.attn.to_k.lora_B.weight": torch.ones(5, 2),
+            },
+            ["to_", "blocks.0.attn.a_to_qkv", "[15, 4]", "[12, 4]"],
+        ),
+        (
+            {
+                "single_transformer_blocks.0.proj_mlp.lora_A.weight": DOWN_OK,
+                "single_transformer_blocks.0.proj_mlp.lora_B.weight": torch.ones(5, 2),
+            },
+            ["proj_mlp.lora_B", "5 rows cannot be the mlp part"],
+        ),
+    ],
+)
+def test_wrong_tensors(tmp_path, tensors, words):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(save({key: value.clone() for key, value in tensors.items()}))
+    message = message_for(path)
+    assert "bad.safetensors" in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("key", "model"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "Stable Diffusion"),
+        ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "SDXL"),
+        ("unet.up_blocks.0.attentions.0.proj_in.lora_A.weight", "SDXL"),
+        ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "Wan"),
+        ("blocks.0.cross_attn.q.lora_A.default.weight", "Wan"),
+        ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "Wan"),
+        ("transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight", "Qwen-Image"),
+        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "Stable Diffusion 3"),
+        ("lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight", "HunyuanVideo"),
+        ("diffusion_model.double_stream_blocks.0.x.lora_A.weight", "HiDream"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "LTX-Video"),
+        ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight", "FLUX.2"),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", "FLUX.1 Control"),
+    ],
+)
+def test_other_base_models_are_named(tmp_path, key, model):
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(save({key: torch.ones(2, 2)}))
+    message = message_for(path)
+    assert model in message
+    assert "not for FLUX.1" in message
+    # Some layers of such a file may have FLUX.1's names.
+    mixed = make_file("diffusers", keep=lambda path: "to_q" in path)
+    path.write_bytes(save(mixed.tensors | {key: torch.ones(2, 2)}))
+    assert model in message_for(path)
+
+
+def test_nothing_matched_shows_reasons_and_first_keys(tmp_path):
+    path = tmp_path / "lokr.safetensors"
+    path.write_bytes(save({f"{KEY}.lokr_w1": torch.ones(2), ALPHA: torch.tensor(1.0)}))
+    message = message_for(path)
+    assert "changes no layer of FLUX.1" in message
+    assert "LoKr" in message
+    assert f"{KEY}.lokr_w1" in message
+
+
+def test_unknown_keys_with_a_header_that_names_the_model(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(save({"x": torch.ones(2)}, {"ss_base_model_version": "aura_v3"}))
+    assert "aura_v3" in message_for(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{nope",
+        "[]",
+        '{"transformer.lora_alpha": "much"}',
+        '{"transformer.lora_alpha": NaN}',
+        '{"transformer.alpha_pattern": 3}',
+        '{"transformer.alpha_pattern": {"a": null}}',
+        '{"transformer.alpha_pattern": {"(a+)+": 1}}',
+        '{"transformer.alpha_pattern": {"[": 1}}',
+    ],
+)
+def test_unreadable_alpha_header_is_an_error_not_a_wrong_strength(tmp_path, text):
+    path = tmp_path / "a.safetensors"
+    make_file("diffusers").save(path, metadata={"lora_adapter_metadata": text})
+    message = message_for(path)
+    assert "lora_adapter_metadata" in message
+    assert "strength is unknown" in message
+
+
+def test_names_with_line_breaks_stay_on_one_line(tmp_path):
+    path = tmp_path / "two\nlines \u202e.safetensors"
+    path.write_bytes(b"")
+    assert "two\\nlines" in message_for(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_mutated_files_load_or_raise_our_error(tmp_path_factory, data):
+    content = bytearray(GOOD)
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position] = data.draw(st.integers(0, 255))
+    content = (
+        content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    )
+    path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
+    path.write_bytes(content)
+    try:
+        lora = LoRA.load(path)
+    except LoRAFormatError as error:
+        assert "\n" not in str(error)
+    else:
+        assert lora.layers
+
+
+def test_header_agrees_with_the_safetensors_library(tmp_path):
+    from safetensors import safe_open
+
+    made = make_file("kohya", dtype=torch.bfloat16, alphas=(1.0,))
+    path = made.save(tmp_path / "a.safetensors", metadata={"k": "v"})
+    header = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == set(header.tensors)
+        assert file.metadata() == header.metadata
+        for key, info in header.tensors.items():
+            assert file.get_slice(key).get_shape() == list(info.shape)
+            assert file.get_slice(key).get_dtype() == info.dtype

@@ -1,0 +1,270 @@
+"""Every format, read back and compared with the dense truth in float64."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from autolora.adapters import LoRA
+from autolora.adapters.formats import FORMATS, match_keys
+from tests.adapters.lora_files import SPELLINGS, assert_same_deltas, canonical_shapes, make_file
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mixed_ranks_and_alphas_are_exact(tmp_path, spelling, dtype):
+    made = make_file(spelling, ranks=(1, 4, 16), alphas=(8.0, None, 1.0, 0.5, -2.0), dtype=dtype)
+    lora = LoRA.load(made.save(tmp_path / "mixed.safetensors"))
+    assert_same_deltas(lora, made.truth)
+    assert lora.layers == sorted(canonical_shapes())
+    assert lora.report.format == spelling
+    assert set(lora.report.matched) == set(made.tensors)
+    assert lora.report.dropped == {}
+    assert lora.report.ranks == (1, 16)
+    assert lora.report.scales == (-2.0, 8.0)
+    assert lora.name == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "prefix", "adapter"),
+    [
+        ("diffusers", "", ""),
+        ("diffusers", "", "default"),
+        ("diffusers", "transformer.", "default_0"),
+        ("diffusers", "base_model.model.", "default"),
+        ("diffusers", "base_model.model.transformer.", ""),
+        ("diffsynth", "", "default"),
+        ("diffsynth", "pipe.dit.", "default"),
+    ],
+)
+def test_prefixes_and_named_adapters(tmp_path, spelling, prefix, adapter):
+    made = make_file(spelling, prefix=prefix, adapter=adapter)
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors"))
+    assert_same_deltas(lora, made.truth)
+    assert set(lora.report.matched) == set(made.tensors)
+
+
+def test_old_diffusers_spelling_of_factors(tmp_path):
+    made = make_file("diffusers")
+    made.tensors = {
+        key.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): value
+        for key, value in made.tensors.items()
+    }
+    assert_same_deltas(LoRA.load(made.save(tmp_path / "a.safetensors")), made.truth)
+
+
+@pytest.mark.parametrize("present", ["q", "k", "v", "qk", "qv", "kv", "mlp", "qmlp", "kvmlp"])
+def test_any_subset_of_split_projections(tmp_path, present):
+    ends = {
+        "q": (".to_q", ".add_q_proj"),
+        "k": (".to_k", ".add_k_proj"),
+        "v": (".to_v", ".add_v_proj"),
+    }
+    wanted = [end for letter, pair in ends.items() if letter in present for end in pair]
+    if "mlp" in present:
+        wanted.append("proj_mlp")
+    made = make_file(
+        "diffusers",
+        keep=lambda path: path.endswith(tuple(wanted)),
+        ranks=(2, 3, 5),
+        alphas=(1.0, 7.0),
+    )
+    lora = LoRA.load(made.save(tmp_path / "subset.safetensors"))
+    assert_same_deltas(lora, made.truth)
+
+
+def test_layers_alternate_between_split_and_missing_without_padding_the_rank(tmp_path):
+    made = make_file("diffusers", keep=lambda path: "to_q" in path or "to_k" in path, ranks=(2, 3))
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors"))
+    for layer in lora.layers:
+        assert lora.rank(layer) == 5
+
+
+def test_split_layers_that_share_one_a_keep_its_rank(tmp_path):
+    made = make_file("diffusers", ranks=(4,))
+    for key in list(made.tensors):
+        if "to_k.lora_A" in key or "to_v.lora_A" in key:
+            made.tensors[key] = made.tensors[
+                key.replace("to_k", "to_q").replace("to_v", "to_q")
+            ].clone()
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors"))
+    layer = "blocks.0.attn.a_to_qkv"
+    assert lora.rank(layer) == 4
+    A, B = lora.factors(layer)
+    torch.testing.assert_close(B @ A, lora.delta(layer), rtol=1e-5, atol=1e-5)
+
+
+def test_alpha_of_a_text_encoder_that_comes_first_is_not_taken(tmp_path):
+    made = make_file("kohya", ranks=(8,), alphas=(8.0,))
+    text = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    made.tensors = {
+        f"{text}.alpha": torch.tensor(1.0),
+        f"{text}.lora_down.weight": torch.randn(8, 4),
+        f"{text}.lora_up.weight": torch.randn(4, 8),
+        "lora_te3_encoder_block_0_layer_0_SelfAttention_k.alpha": torch.tensor(0.1),
+        **made.tensors,
+    }
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors"))
+    assert_same_deltas(lora, made.truth)
+    assert len(lora.report.dropped) == 4
+    assert all("text encoder" in reason for reason in lora.report.dropped.values())
+
+
+def _peft_truth(made, entries):
+    """Scale each module of a rank-dealt file by PEFT's own pattern rule."""
+    get_pattern_key = pytest.importorskip("peft.utils.other").get_pattern_key
+
+    scales = {}
+    for key in made.tensors:
+        if ".lora_A." in key:
+            module = key.removeprefix("transformer.").split(".lora_A.")[0]
+            pattern = get_pattern_key(entries["transformer.alpha_pattern"].keys(), module)
+            alpha = entries["transformer.alpha_pattern"].get(
+                pattern, entries["transformer.lora_alpha"]
+            )
+            rank = made.tensors[key].shape[0]
+            root = entries.get("transformer.use_rslora", False)
+            scales[module] = alpha / (rank**0.5 if root else rank)
+    return scales
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_alpha_in_the_header(tmp_path, use_rslora):
+    entries = {
+        "transformer.r": 4,
+        "transformer.lora_alpha": 2,
+        "transformer.rank_pattern": {"attn.to_k": 8},
+        "transformer.alpha_pattern": {"attn.to_k": 1, r"^x_embedder": 16, r"ff\.net.*": 3},
+        "transformer.use_rslora": use_rslora,
+    }
+    base = make_file("diffusers", ranks=(4, 8, 2))
+    scales = _peft_truth(base, entries)
+    assert len(set(scales.values())) >= 5
+    stored = dict(base.tensors)
+    for module, scale in scales.items():
+        stored[f"transformer.{module}.lora_B.weight"] = (
+            base.tensors[f"transformer.{module}.lora_B.weight"] * scale
+        )
+    save_file(
+        base.tensors,
+        tmp_path / "header.safetensors",
+        metadata={"lora_adapter_metadata": json.dumps(entries)},
+    )
+    save_file(stored, tmp_path / "folded.safetensors")
+    lora = LoRA.load(tmp_path / "header.safetensors")
+    folded = LoRA.load(tmp_path / "folded.safetensors")
+    truth = {layer: folded.delta(layer).double() for layer in folded.layers}
+    assert_same_deltas(lora, truth, tolerance=1e-6)
+
+
+def test_alpha_tensor_wins_over_the_header(tmp_path):
+    made = make_file("diffusers", alphas=(3.0,))
+    header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 100})}
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors", metadata=header))
+    assert_same_deltas(lora, made.truth)
+
+
+def test_alpha_in_adapter_config_beside_a_peft_file(tmp_path):
+    made = make_file("diffusers", prefix="base_model.model.", ranks=(4,))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    lora = LoRA.load(made.save(tmp_path / "adapter_model.safetensors"))
+    assert_same_deltas(lora, {layer: 2 * dense for layer, dense in made.truth.items()})
+    # Any other file in that folder is not described by it.
+    assert_same_deltas(LoRA.load(made.save(tmp_path / "b.safetensors")), made.truth)
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("lora_unet_double_blocks_0_img_attn_qkv.dora_scale", "DoRA"),
+        ("transformer.proj_out.lora_magnitude_vector", "DoRA"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.magnitude", "DoRA"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lokr_w1", "LoKr"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a", "LoHa"),
+        ("oft_unet_double_blocks_0_img_attn_qkv.oft_blocks", "OFT"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.diff_b", "full weight"),
+        ("diffusion_model.double_blocks.0.img_attn.qkv.lora_B.bias", "bias"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "text encoder"),
+        ("text_encoders.t5xxl.transformer.encoder.block.0.x.lora_A.weight", "text encoder"),
+        ("lora_te2_encoder_block_0_layer_0_SelfAttention_k.alpha", "text encoder"),
+        ("lora_unet_double_blocks_1_img_attn_qkv.alpha", "no LoRA factors"),
+        ("lora_unet_double_blocks_0_img_attn_who.lora_down.weight", "unknown"),
+        ("transformer_blocks.{i}.attn.to_q.lora_A.weight", "unknown"),
+        ("epoch", "unknown"),
+        ("a\nb\u202e", "unknown"),
+    ],
+)
+def test_unused_keys_are_reported(tmp_path, key, reason):
+    made = make_file("kohya", keep=lambda path: path.startswith("double_blocks.0."))
+    made.tensors[key] = torch.ones(2, 2)
+    if key.endswith(".alpha"):
+        made.tensors[key] = torch.tensor(1.0)
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors"))
+    assert set(lora.report.dropped) == {key}
+    assert reason in lora.report.dropped[key]
+    assert_same_deltas(lora, made.truth)
+
+
+def test_report_is_plain_data(tmp_path):
+    made = make_file("kohya", alphas=(2.0,), ranks=(4,))
+    made.tensors["lora_te1_x.alpha"] = torch.tensor(1.0)
+    report = LoRA.load(made.save(tmp_path / "a.safetensors")).report
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["format"] == "kohya"
+    assert data["matched_count"] == len(made.tensors) - 1
+    assert data["dropped_count"] == 1
+    assert data["scales"] == [0.5, 0.5]
+    assert data["layers"] == len(canonical_shapes())
+    assert list(data["dropped_reasons"].values()) == [1]
+
+
+def test_format_names_are_unique_and_paths_unambiguous():
+    assert len({entry.name for entry in FORMATS}) == len(FORMATS)
+    for entry in FORMATS:
+        for layer in canonical_shapes():
+            for path, slices in entry.module_paths(layer):
+                key = f"{path}.{entry.factor_names[0]}.weight"
+                match = match_keys([key])[key]
+                assert (match.target.layer, match.target.slices) == (layer, slices)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    spelling=st.sampled_from(sorted(SPELLINGS)),
+    order=st.randoms(use_true_random=False),
+    extra=st.lists(st.text(max_size=20), max_size=4),
+    rank=st.integers(1, 6),
+    seed=st.integers(0, 1000),
+)
+def test_order_extra_keys_and_gauge_do_not_matter(tmp_path, spelling, order, extra, rank, seed):
+    made = make_file(
+        spelling,
+        ranks=(rank,),
+        alphas=(1.5, None),
+        keep=lambda path: "0" in path,
+        dtype=torch.float64,
+        seed=seed,
+    )
+    _, _, _, down, up, _ = SPELLINGS[spelling]
+    random = torch.Generator().manual_seed(seed)
+    for key in [key for key in made.tensors if key.endswith(down)]:
+        partner = key.removesuffix(down) + up
+        # Orthogonal times a spread of scales: well conditioned, so that the truth stays the truth.
+        gauge = torch.linalg.qr(
+            torch.randn(rank, rank, generator=random, dtype=torch.float64)
+        ).Q * torch.linspace(0.5, 2, rank, dtype=torch.float64)
+        made.tensors[key] = torch.linalg.inv(gauge) @ made.tensors[key]
+        made.tensors[partner] = made.tensors[partner] @ gauge
+    names = [f"note {text}" for text in extra if text.isprintable()]
+    made.tensors |= {name: torch.zeros(1) for name in names}
+    keys = list(made.tensors)
+    order.shuffle(keys)
+    made.tensors = {key: made.tensors[key] for key in keys}
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors"))
+    assert_same_deltas(lora, made.truth)
+    assert set(lora.report.dropped) == set(names)
