@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.adapters import LoRA, Pool
-from autolora.errors import AutoLoRAError, GenerationError, LoRAFormatError, PoolError
+from autolora.errors import GenerationError
 from autolora.flux.config import PipelineConfig, load_config
 from autolora.flux.layers import linear_layers
-from autolora.generation.prompts import AskedLoRA, add_triggers, merge_asked
-from autolora.generation.report import Output, Report, UsedAdapter
+from autolora.generation.prompts import AskedLoRA, merge_asked, parse_prompt
+from autolora.generation.report import Output, Report
 from autolora.generation.request import Request, asked_loras, make_request
 from autolora.generation.searching import IndexState, PoolSearch
+from autolora.generation.selecting import (
+    Chosen,
+    keep_fitting,
+    left_out_notes,
+    load_asked,
+    load_hits,
+    with_triggers,
+)
 from autolora.generation.versions import program_versions
 
 if TYPE_CHECKING:
@@ -26,25 +33,25 @@ if TYPE_CHECKING:
     from autolora.retrieval import Hit
 
 Progress = Callable[[int, int], None]
-"""Called with steps done and steps in all."""
+"""Called with what is done and what there is in all."""
 
 
 class AutoLoRAPipeline:
     """Finds adapters for a prompt, fuses them into the base model and generates.
 
     The pool, the search index and the base model are loaded when they are first needed; a search
-    with an index that is up to date needs no base model. Calls from several threads take turns.
+    in an index that is up to date needs no base model. Calls from several threads take turns.
     """
 
     def __init__(self, config: PipelineConfig) -> None:
-        """Make a pipeline; nothing heavy is loaded yet.
+        """Make a pipeline; nothing is loaded yet.
 
         Args:
             config: The base model with its pool, index and defaults.
         """
         self.config = config
         self._lock = threading.RLock()
-        self._attached: list[AskedLoRA | tuple[LoRA, float]] = []
+        self._attached: list[Chosen] = []
         self._attached_strategy = config.strategy
 
     @classmethod
@@ -55,7 +62,7 @@ class AutoLoRAPipeline:
 
         Args:
             source: Name of a shipped configuration, path of a YAML file, or a configuration.
-            pool: Folder of LoRAs to use in place of the configured one; its index goes to a folder
+            pool: Folder of LoRAs to use in place of the configured one; its index is written
                 beside the configured index.
 
         Raises:
@@ -86,13 +93,13 @@ class AutoLoRAPipeline:
 
     @cached_property
     def _search(self) -> PoolSearch:
-        return PoolSearch(self.config, self.pool, self._bare_base)
+        return PoolSearch(self.config, self.pool, lambda: self.base)
 
     def search(self, prompt: str, k: int = 5) -> list[Hit]:
         """Rank the pool for a prompt.
 
         Args:
-            prompt: What is wanted; tags in it are left out.
+            prompt: What is wanted; tags in it count as words.
             k: How many hits at most.
 
         Returns:
@@ -101,8 +108,10 @@ class AutoLoRAPipeline:
         Raises:
             AutoLoRAError: An empty prompt, or a pool or index that cannot be used.
         """
+        parsed = parse_prompt(prompt)
+        words = parsed.text or " ".join(lora.name for lora in parsed.loras)
         with self._lock:
-            return self._search.search(_words(prompt), k)
+            return self._search.search(words, k)
 
     def choose(self, prompt: str, k: int | None = None) -> list[Hit]:
         """Choose the adapters that a call with this prompt would retrieve.
@@ -121,9 +130,7 @@ class AutoLoRAPipeline:
         with self._lock:
             return self._retrieve(request, [lora.name for lora in request.tags])
 
-    def index(
-        self, rebuild: bool = False, progress: Callable[[int, int], None] | None = None
-    ) -> IndexState:
+    def index(self, rebuild: bool = False, progress: Progress | None = None) -> IndexState:
         """Build the search index or bring it up to date.
 
         Args:
@@ -145,28 +152,31 @@ class AutoLoRAPipeline:
         """Attach adapters until `detach`; calls then use them and retrieve nothing.
 
         Args:
-            adapters: Pairs of name in the pool, or adapter, and strength. They replace what was
-                attached before.
+            adapters: Pairs of strength and name in the pool, or adapter, in the order
+                ``(name, strength)``. They replace what was attached before.
             strategy: How they are fused; None is the configured one.
 
         Returns:
             Which layers each one was put into.
 
         Raises:
-            AutoLoRAError: An unknown name, or an adapter or gates that do not fit the base model.
-                What was attached before stays.
+            AutoLoRAError: An unknown name, or an adapter or gates that do not fit the base model;
+                what was attached before then stays.
         """
         from autolora.fusion import attach
 
         with self._lock:
             loras = [
-                (self.pool.load(lora) if isinstance(lora, str) else lora, strength)
-                for lora, strength in adapters
+                self.pool.load(lora) if isinstance(lora, str) else lora for lora, _ in adapters
             ]
-            chosen = strategy or self.config.strategy
-            self._check_fits([lora for lora, _ in loras])
-            report = attach(self.base.dit, loras, chosen, self.gates)
-            self._attached, self._attached_strategy = list(loras), chosen
+            chosen = [
+                Chosen(lora, strength, "attached")
+                for lora, (_, strength) in zip(loras, adapters, strict=True)
+            ]
+            keep_fitting(chosen, linear_layers(self.base.dit), [])
+            name = strategy or self.config.strategy
+            report = attach(self.base.dit, _pairs(chosen), name, self.gates)
+            self._attached, self._attached_strategy = chosen, name
             return report
 
     def detach(self) -> None:
@@ -177,3 +187,158 @@ class AutoLoRAPipeline:
             self._attached = []
             if "base" in self.__dict__:
                 detach(self.base.dit)
+
+    def __call__(
+        self,
+        prompt: str,
+        seed: int = 0,
+        *,
+        loras: Sequence[str | tuple[str, float] | AskedLoRA] = (),
+        retrieve: bool = True,
+        top_k: int | None = None,
+        strategy: str | None = None,
+        steps: int | None = None,
+        size: tuple[int, int] | None = None,
+        guidance: float | None = None,
+        negative_prompt: str = "",
+        use_triggers: bool = True,
+        progress: Progress | None = None,
+    ) -> Output:
+        """Generate a picture.
+
+        What the prompt's ``<lora:name:0.8>`` tags and `loras` ask for is taken as asked, and
+        retrieval fills the rest. While adapters are attached by `attach`, those stay in force
+        beside what is asked for, and nothing is retrieved. The attachments are afterwards as they
+        were before, also after an error.
+
+        Args:
+            prompt: What the picture shall show.
+            seed: Seed of the noise.
+            loras: Names in the pool, alone or with a strength; a tag of the same name wins.
+            retrieve: Whether to search the pool at all.
+            top_k: Most adapters in all; None, like the following, is the configured value.
+            strategy: How they are fused.
+            steps: Denoising steps.
+            size: Width and height in pixels.
+            guidance: Guidance scale.
+            negative_prompt: What the picture shall not show.
+            use_triggers: Whether to add missing trigger words to the prompt.
+            progress: Called with steps done and steps in all; what it raises ends the call.
+
+        Returns:
+            Picture, hits, the prompt that the model read, and the report.
+
+        Raises:
+            AutoLoRAError: Something that was asked for is not possible.
+        """
+        request = make_request(
+            self.config,
+            prompt,
+            seed=seed,
+            steps=steps,
+            size=size,
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            top_k=top_k,
+        )
+        asked = merge_asked(asked_loras(loras), request.tags)
+        with self._lock:
+            return self._generate(request, asked, retrieve, strategy, use_triggers, progress)
+
+    def _generate(
+        self,
+        request: Request,
+        asked: list[AskedLoRA],
+        retrieve: bool,
+        strategy: str | None,
+        use_triggers: bool,
+        progress: Progress | None,
+    ) -> Output:
+        from autolora.fusion import attached, get_strategy, record_gates
+        from autolora.generation.denoise import denoise
+
+        chosen_strategy = strategy or (
+            self._attached_strategy if self._attached else self.config.strategy
+        )
+        uses_gates = get_strategy(chosen_strategy).uses_gates
+        notes: list[str] = []
+        marks = [time.perf_counter()]
+        chosen = self._select(request, asked, retrieve, notes)
+        marks.append(time.perf_counter())
+        dit = self.base.dit
+        marks.append(time.perf_counter())
+        chosen = keep_fitting(chosen, linear_layers(dit), notes)
+        used_prompt = with_triggers(request.prompt, chosen) if use_triggers else request.prompt
+        if not used_prompt:
+            raise GenerationError("The prompt has nothing but LoRA tags; add a few words to it.")
+        if chosen and uses_gates and self.gates is None:
+            notes.append("There are no trained gates for this base model; the adapters are summed.")
+        with attached(dit, _pairs(chosen), chosen_strategy, self.gates) as attach_report:
+            marks.append(time.perf_counter())
+            with record_gates(dit) if uses_gates and chosen else nullcontext() as records:
+                image, parts = denoise(self.base, request, used_prompt, progress)
+            spoken = records.by_adapter() if records is not None else {}
+        marks.append(time.perf_counter())
+        layers = {entry.name: len(entry.layers) for entry in attach_report.adapters}
+        report = _report(request, used_prompt, self.config.name, chosen_strategy)
+        report.adapters = [
+            entry.to_report(layers[entry.lora.name], spoken.get(entry.lora.name))
+            for entry in chosen
+        ]
+        report.notes = notes
+        report.timings = {
+            "retrieve": marks[1] - marks[0],
+            "load": marks[2] - marks[1],
+            "attach": marks[3] - marks[2],
+            "encode": parts.encode,
+            "denoise": parts.denoise,
+            "decode": parts.decode,
+            "total": marks[4] - marks[0],
+        }
+        hits = [entry.hit for entry in chosen if entry.hit is not None]
+        return Output(image, hits, used_prompt, report)
+
+    def _select(
+        self, request: Request, asked: list[AskedLoRA], retrieve: bool, notes: list[str]
+    ) -> list[Chosen]:
+        """Adapters in the order attached, asked for, retrieved."""
+        named = load_asked(self.pool, asked) if asked else []
+        names = {entry.lora.name for entry in named}
+        standing = [entry for entry in self._attached if entry.lora.name not in names]
+        if self._attached or not retrieve or len(named) >= request.top_k:
+            return standing + named
+        hits = self._retrieve(request, [entry.lora.name for entry in named])
+        notes += left_out_notes(self._search.open().report.left_out)
+        return named + load_hits(self.pool, hits, notes)
+
+    def _retrieve(self, request: Request, taken: Sequence[str]) -> list[Hit]:
+        if not request.prompt:
+            return []
+        return self._search.choose(request.prompt, request.top_k - len(taken), taken)
+
+
+def shipped_gate(config: PipelineConfig) -> Path | None:
+    """The gates that the package ships for its own base model, where it does."""
+    path = Path(__file__).parent / "flux" / "tiny" / "weights" / "gate.safetensors"
+    return path if config.uses_shipped_weights and path.is_file() else None
+
+
+def _pairs(chosen: Sequence[Chosen]) -> list[tuple[LoRA, float]]:
+    return [(entry.lora, entry.strength) for entry in chosen]
+
+
+def _report(request: Request, used_prompt: str, model: str, strategy: str) -> Report:
+    return Report(
+        prompt=request.typed,
+        used_prompt=used_prompt,
+        negative_prompt=request.negative_prompt,
+        model=model,
+        strategy=strategy,
+        seed=request.seed,
+        steps=request.steps,
+        width=request.width,
+        height=request.height,
+        guidance=request.guidance,
+        sigma_shift=request.sigma_shift,
+        versions=program_versions(),
+    )

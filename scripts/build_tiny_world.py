@@ -21,18 +21,20 @@ import numpy as np
 import torch
 
 from autolora.adapters import LoRA
+from autolora.flux.loading import load_config
 from autolora.flux.tiny.text import shared_minilm
 from autolora.flux.tiny.weights import SHIPPED, load_tiny, save_tiny
 from train.tiny_world.autoencoder import train_autoencoder
 from train.tiny_world.base import train_base
 from train.tiny_world.data import TextTable, Views, render_views
-from train.tiny_world.export import export_pool, write_large_extras
+from train.tiny_world.export import export_pool, write_extras
 from train.tiny_world.loras import large_jobs, shipped_jobs, train_jobs
+from train.tiny_world.portraits import take_portraits
 from train.tiny_world.probes import train_probes
 from train.tiny_world.subjects import all_subjects
 from train.tiny_world.world import Split, WorldConfig, load_world_config, split_world
 
-STAGES = ("autoencoder", "base", "loras", "export", "probes", "large")
+STAGES = ("autoencoder", "base", "loras", "export", "probes", "large", "portraits")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -44,6 +46,7 @@ class Builder:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.split: Split = split_world(config)
         self.model_file = work / "tiny-flux.safetensors"
+        self.pools = {which: work / "pool" / which for which in ("shipped", "large")}
 
     def autoencoder(self) -> None:
         """Trains the autoencoder on all subjects, plain and styled."""
@@ -97,7 +100,7 @@ class Builder:
             self.split,
             self.config.pool,
             self.config.shipped_lora if shipped else self.config.large_lora,
-            self.work / which,
+            self.pools[which],
             self.config.seed,
             self.deadline,
         )
@@ -111,7 +114,9 @@ class Builder:
     def large(self) -> None:
         """Trains the larger pool and writes its covers, captions and recipes."""
         self._train_pool("large")
-        write_large_extras(self.split, self.config, self.work / "large")
+        write_extras(
+            large_jobs(self.split, self.config.pool), self.split, self.config, self.pools["large"]
+        )
 
     def export(self) -> None:
         """Writes model and pool, with covers and captions, to where they ship."""
@@ -119,8 +124,17 @@ class Builder:
         header = {"script": "scripts/build_tiny_world.py", "steps": str(self.config.base.steps)}
         save_tiny(SHIPPED, config, modules, header)
         jobs = shipped_jobs(self.split, self.config.pool)
-        loras = [LoRA.load(self.work / "shipped" / f"{j.name}.safetensors") for j in jobs]
+        loras = [LoRA.load(self.pools["shipped"] / f"{j.name}.safetensors") for j in jobs]
         export_pool(jobs, loras, modules, self.split, self.config, ROOT / "lora_pool" / "tiny")
+
+    def portraits(self) -> None:
+        """Takes the portraits of both pools, after the export."""
+        jobs = shipped_jobs(self.split, self.config.pool)
+        write_extras(jobs, self.split, self.config, self.pools["shipped"])
+        taken = take_portraits(
+            load_config("tiny"), self.work / "pool", self.work / "portraits.safetensors"
+        )
+        print(f"{taken} portraits taken")
 
     def probes(self) -> None:
         """Trains the classifiers that score generated pictures."""

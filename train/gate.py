@@ -42,7 +42,7 @@ class GateTrainConfig:
     """
 
     model: str = "tiny"  # name or path of a model config
-    pool: str = "build/tiny_world/large"  # LoRAs with covers, captions and maybe recipes.json
+    pool: str = "build/tiny_world/pool/large"  # LoRAs with covers, captions and maybe recipes.json
     out: str = "autolora/flux/tiny/weights/gate.safetensors"
     size: int = 128  # side of the pictures in pixels
     text_length: int = 16  # tokens a caption is padded to

@@ -1,0 +1,1 @@
+"""The base models: layer table, configurations, loading, quantization, portraits."""

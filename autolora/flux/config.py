@@ -7,6 +7,7 @@ are errors, all of them named at once. Nothing here needs torch.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,9 +79,9 @@ class PipelineConfig:
     index: Path = Path("index")
     """Folder that the search index is written to."""
     encoder: Path | None = None
-    """Weights of the LoRA encoder; None stands for those that the package ships."""
+    """Weights of the LoRA encoder; None stands for those that the package ships for its weights."""
     gate: Path | None = None
-    """Weights of the gates; None stands for those that the package ships."""
+    """Weights of the gates; None stands for those that the package ships for its weights."""
     strategy: str = "gated"
     """How several adapters act in one layer."""
     top_k: int = 3
@@ -121,6 +122,22 @@ class PipelineConfig:
                 found.append(problem)
         if found:
             raise ConfigError(f"Configuration {shown(self.name)!r}: {'; '.join(found)}.")
+
+    @property
+    def uses_shipped_weights(self) -> bool:
+        """Whether the base model is the one in the package, which encoder and gates go with."""
+        return self.kind == "tiny" and self.weights is None
+
+    def with_pool(self, pool: Path) -> PipelineConfig:
+        """Return the configuration for another pool, with an index of its own.
+
+        Args:
+            pool: Folder of LoRA files.
+        """
+        folder = pool.expanduser().resolve()
+        digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+        index = self.index.with_name(f"{self.index.name}-{folder.name}-{digest}")
+        return dataclasses.replace(self, pool=pool.expanduser(), index=index)
 
 
 def steps_problem(steps: int) -> str | None:
@@ -259,7 +276,9 @@ def _values(
             found.append(f"unknown key {where}{shown(key)}{hint}")
         elif key == "portrait":
             if isinstance(value, Mapping):
-                values[key] = PortraitSettings(**_values(PortraitSettings, value, "portrait.", found))
+                values[key] = PortraitSettings(
+                    **_values(PortraitSettings, value, "portrait.", found)
+                )
             else:
                 found.append("portrait must hold keys and values")
         else:

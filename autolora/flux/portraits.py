@@ -95,7 +95,9 @@ class Portraits:
         """Velocities of a batch ``[B, C, h, w]`` at noise levels ``[B]``."""
         pipe = self.pipe
         place = {"device": pipe.device, "dtype": pipe.torch_dtype}
-        text = {name: value.expand(len(noise), *value.shape[1:]) for name, value in self._text.items()}
+        text = {
+            name: value.expand(len(noise), *value.shape[1:]) for name, value in self._text.items()
+        }
         pipe.load_models_to_device(["dit"])
         velocity = pipe.model_fn(
             pipe.dit,

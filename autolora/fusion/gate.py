@@ -138,7 +138,7 @@ class Gate(nn.Module):
         """
         if self.trains:
             return self._make_terms(dtype, device)
-        key = (dtype, device, *self._version())
+        key = (dtype, device, *self._stamps())
         if self._cached_terms is None or self._cached_terms[0] != key:
             # A cache filled under inference_mode must still serve a later training step.
             with torch.inference_mode(False), torch.no_grad():
@@ -150,17 +150,21 @@ class Gate(nn.Module):
         scale_b, shift_b = self.norm_base.weight, self.norm_base.bias
         scale_l, shift_l = self.norm_lora.weight, self.norm_lora.bias
         base = self.weight_base + shift_l * self.weight_cross
-        vectors = (
-            scale_b * base,
-            shift_b * base + shift_l * self.weight_lora + self.bias,
-            scale_b * scale_l * self.weight_cross,
-            scale_l * (self.weight_lora + shift_b * self.weight_cross),
-            self.weight_out,
-        )
-        cast = [v.to(device=device, dtype=dtype) for v in vectors]
-        return GateTerms(*cast, eps_base=self.norm_base.eps, eps_lora=self.norm_lora.eps)
 
-    def _version(self) -> tuple[object, ...]:
+        def cast(vector: Tensor) -> Tensor:
+            return vector.to(device=device, dtype=dtype)
+
+        return GateTerms(
+            base_weight=cast(scale_b * base),
+            base_bias=cast(shift_b * base + shift_l * self.weight_lora + self.bias),
+            coef_weight=cast(scale_b * scale_l * self.weight_cross),
+            coef_bias=cast(scale_l * (self.weight_lora + shift_b * self.weight_cross)),
+            out=cast(self.weight_out),
+            eps_base=self.norm_base.eps,
+            eps_lora=self.norm_lora.eps,
+        )
+
+    def _stamps(self) -> tuple[object, ...]:
         return tuple(
             stamp
             for module in (self, self.norm_base, self.norm_lora)

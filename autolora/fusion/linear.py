@@ -152,8 +152,8 @@ class FusedLinear(nn.Module):
     def _cached(self, make: Callable[..., Plan], dtype: torch.dtype, device: torch.device) -> Plan:
         if torch.is_grad_enabled() and self._factors_train():
             return make(self._live_factors, self._live_strengths, dtype, device)
-        stamps = [tensor_version(t) for pair in self._live_factors for t in pair]
-        key = (make, dtype, device, *stamps)
+        stamps = tuple(tensor_version(t) for pair in self._live_factors for t in pair)
+        key = (make, dtype, device, stamps)
         if self._cache is None or self._cache[0] != key:
             # A plan made under inference_mode must still serve a later training step.
             with torch.inference_mode(False), torch.no_grad():

@@ -140,12 +140,13 @@ def add_triggers(text: str, triggers: Sequence[str]) -> tuple[str, list[str]]:
     added: list[str] = []
     for trigger in triggers:
         phrase = _tidy(_TAG.sub(" ", trigger)).strip(" ,")
-        if phrase and not _has_phrase(", ".join([text, *added]), phrase):
+        if phrase and not has_phrase(", ".join([text, *added]), phrase):
             added.append(phrase)
     return ", ".join(part for part in (text, *added) if part), added
 
 
-def _has_phrase(text: str, phrase: str) -> bool:
+def has_phrase(text: str, phrase: str) -> bool:
+    """Tell whether a text has a phrase as whole words, in any case."""
     words = r"\s+".join(re.escape(word) for word in phrase.split())
     return re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) is not None
 

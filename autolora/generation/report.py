@@ -180,7 +180,7 @@ def check_png_name(path: Path) -> Path:
         GenerationError: It does not end in .png, or is a folder.
     """
     if path.suffix.lower() != ".png":
-        raise GenerationError(f"{shown(path)} must end in .png, which is what pictures are saved as.")
+        raise GenerationError(f"{shown(path)} must end in .png; pictures are saved as PNG.")
     if path.is_dir():
         raise GenerationError(f"{shown(path)} is a folder; name a file in it.")
     return path
@@ -206,7 +206,9 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
             text = image.info.get(CHUNK)
         report = json.loads(text) if isinstance(text, str) else None
     except (OSError, ValueError) as error:
-        raise GenerationError(f"{shown(path)} cannot be read as a picture: {shown(error)}.") from error
+        raise GenerationError(
+            f"{shown(path)} cannot be read as a picture: {shown(error)}."
+        ) from error
     if not isinstance(report, dict):
         raise GenerationError(f"{shown(path)} holds no report; it was not made by AutoLoRA.")
     return report

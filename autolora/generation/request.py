@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autolora.errors import GenerationError
+from autolora.errors import GenerationError, shown
 from autolora.flux.config import (
     PipelineConfig,
     guidance_problem,
@@ -128,10 +129,13 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         GenerationError: It is neither.
     """
-    sides = text.lower().replace("×", "x").split("x")
-    if not all(side.strip().isascii() and side.strip().isdigit() for side in sides) or len(sides) > 2:
-        raise GenerationError(f"Size {text!r} is not understood; write WIDTHxHEIGHT, such as 128x128.")
-    return int(sides[0]), int(sides[-1])
+    match = re.fullmatch(r"\s*([0-9]{1,6})(?:\s*[xX]\s*([0-9]{1,6}))?\s*", text)
+    if match is None:
+        raise GenerationError(
+            f"Size {shown(text, 40)!r} is not understood; write WIDTHxHEIGHT, such as 128x128."
+        )
+    width, height = match.groups()
+    return int(width), int(height or width)
 
 
 def _seed_problem(seed: int) -> str | None:

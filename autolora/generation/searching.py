@@ -44,7 +44,7 @@ class PoolSearch:
         Args:
             config: Says where index and encoder are and how portraits are taken.
             pool: The pool.
-            base: Gives the DiffSynth pipeline, without anything attached.
+            base: Gives the DiffSynth pipeline.
         """
         self.config = config
         self.pool = pool
@@ -115,6 +115,9 @@ class PoolSearch:
         pipe = self._base()
         if self._portraits is None:
             self._portraits = Portraits(pipe, self.config.portrait)
+            with attached(pipe.dit, []):
+                # The bare model's passes, whatever is attached at the moment.
+                self._portraits.base()
         return self._portraits.take(attached(pipe.dit, [(lora, 1.0)], "sum"))
 
     def _encode(self, lora: LoRA) -> Tensor | None:
@@ -139,7 +142,7 @@ class PoolSearch:
         """Trained encoders; without them only metadata is searched."""
         from autolora.retrieval import Retriever
 
-        path = self.config.encoder or shipped_encoder()
+        path = self.config.encoder or shipped_encoder(self.config)
         return None if path is None else Retriever.load(path)
 
     def _provenance(self) -> Provenance:
@@ -156,8 +159,10 @@ class PoolSearch:
         return Provenance(digest, retriever.dim, text.name, text.dim)
 
 
-def shipped_encoder() -> Path | None:
-    """The encoder that the package ships, where it does."""
+def shipped_encoder(config: PipelineConfig) -> Path | None:
+    """The encoder that the package ships for its own base model, where it does."""
+    if not config.uses_shipped_weights:
+        return None
     folder = Path(__file__).resolve().parents[1] / "retrieval" / "weights"
     return next(iter(sorted(folder.glob("*.safetensors"))), None)
 

@@ -159,7 +159,7 @@ def test_refusals_change_nothing(model, occupied):
     wide = random_adapter("wide", {LAYER: (16, 33)}, 2, 0)
     alien = random_adapter("alien", {"down_blocks.0.to_q": (4, 4)}, 2, 0)
     norm = random_adapter("norm", {"single_blocks.0.activation": (4, 4)}, 2, 0)
-    refused(model, [good, (wide, 1.0)], r"'wide' .* proj_out is \[16, 32\] here and \[16, 33\]")
+    refused(model, [good, (wide, 1.0)], r"'wide' .*proj_out is \[16, 32\] here and \[16, 33\]")
     refused(model, [good, (alien, 1.0)], "'alien' matches no layer .*down_blocks.0.to_q")
     refused(model, [good, (norm, 1.0)], "'norm' matches no layer")
     refused(model, [good, good], "'good' is given twice")

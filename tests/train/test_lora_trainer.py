@@ -32,7 +32,7 @@ def dit():
 def _data(seed: int, count: int = 3) -> LoRAData:
     g = torch.Generator().manual_seed(seed)
     return LoRAData(
-        torch.randn(count, 16, 4, 4, generator=g),
+        2 + 0.1 * torch.randn(count, 16, 4, 4, generator=g),  # a mean that can be learned
         torch.randn(count, 2, 4, 384, generator=g),
         torch.randn(count, 2, 384, generator=g),
     )
@@ -68,7 +68,7 @@ def test_training_lowers_the_loss_and_restores_the_model(dit):
     config = LoRATrainConfig(steps=30, batch=4, lr=2e-2)
     with MultiLoRATrainer(dit, 2, config) as trainer:
         factors = trainer.train([_data(1), _data(2)], EMPTY, lambda _, loss: losses.append(loss))
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert dict(dit.named_modules()).keys() == modules.keys()
     assert all(dict(dit.named_modules())[n] is m for n, m in modules.items())
     for key, value in dit.state_dict().items():

@@ -17,7 +17,7 @@ from autolora.flux.tiny.pipeline import TinyFluxPipeline, assemble
 from autolora.fusion import attach, detach
 from train.tiny_world.captions import caption, cover_captions, prompt
 from train.tiny_world.checkpoint import progress
-from train.tiny_world.loras import Job, large_jobs
+from train.tiny_world.loras import Job
 from train.tiny_world.render import COLOURS, random_view, render
 from train.tiny_world.subjects import Subject
 from train.tiny_world.world import Split, WorldConfig
@@ -169,15 +169,15 @@ def _render_cover(
     Image.fromarray((picture * 255).astype(np.uint8)).save(file)
 
 
-def write_large_extras(split: Split, config: WorldConfig, folder: Path) -> None:
-    """Writes covers, captions, concepts and recipes of the larger pool.
+def write_extras(jobs: list[Job], split: Split, config: WorldConfig, folder: Path) -> None:
+    """Writes covers, captions, concepts and recipes beside the LoRAs of a training pool.
 
     Covers are renders, not generated pictures. ``concepts.json`` says which concept each LoRA
-    teaches, so that splits can keep concepts apart. ``recipes.json`` lists pictures that a
-    subject and a style made together, for training the gates.
+    teaches. ``recipes.json`` lists pictures that a subject and a style make together, for training
+    the gates.
     """
     present = {p.stem for p in folder.glob("*.safetensors")}
-    jobs = [job for job in large_jobs(split, config.pool) if job.name in present]
+    jobs = [job for job in jobs if job.name in present]
     size = config.model.size
     for job in progress(jobs, "covers", total=len(jobs)):
         rng = np.random.default_rng((config.seed, job.seed, 10))

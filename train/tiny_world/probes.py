@@ -6,6 +6,7 @@ pictures, so that a generated picture counts only where it looks like the real d
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -36,7 +37,7 @@ class Probe(nn.Module):
         self.subjects, self.styles = subjects, styles
         widths = (3, 32, 64, 128, 192)
         stages: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             stages += [
                 nn.Conv2d(a, b, 3, stride=2, padding=1),
                 nn.BatchNorm2d(b),

@@ -1,4 +1,4 @@
-"""The embedded model as a DiffSynth pipeline: same units, scheduler and model function as FLUX.1."""
+"""The embedded model as a DiffSynth pipeline: units, scheduler and model function of FLUX.1."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class TinyFluxPipeline(FluxImagePipeline):
             return super().cfg_guided_model_fn(
                 model_fn, cfg_scale, inputs_shared, inputs_posi, inputs_nega, **inputs_others
             )
-        both = dict(inputs_posi)
-        both.update({name: torch.cat(pair) for name, pair in zip(_TEXT_INPUTS, pairs, strict=True)})  # type: ignore[arg-type]
+        joined = {n: torch.cat(pair) for n, pair in zip(_TEXT_INPUTS, pairs, strict=True)}  # type: ignore[arg-type]
+        both = {**inputs_posi, **joined}
         shared = {**inputs_shared, "latents": inputs_shared["latents"].repeat(2, 1, 1, 1)}
         positive, negative = model_fn(**both, **shared, **inputs_others).chunk(2)
         return negative + cfg_scale * (positive - negative)

