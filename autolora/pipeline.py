@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +147,21 @@ class AutoLoRAPipeline:
         with self._lock:
             return self._search.refresh(rebuild, progress)
 
+    def open_index(self, progress: Progress | None = None) -> IndexState:
+        """Make sure that the search index is there and knows the pool's files.
+
+        Args:
+            progress: Called with files done and files in all, where there is something to do.
+
+        Returns:
+            As for `index`.
+
+        Raises:
+            AutoLoRAError: As for `index`.
+        """
+        with self._lock:
+            return self._search.open(progress)
+
     def attach(
         self, adapters: Sequence[tuple[str | LoRA, float]], strategy: str | None = None
     ) -> AttachReport:
@@ -202,6 +218,7 @@ class AutoLoRAPipeline:
         guidance: float | None = None,
         negative_prompt: str = "",
         use_triggers: bool = True,
+        planned: Callable[[Report], None] | None = None,
         progress: Progress | None = None,
     ) -> Output:
         """Generate a picture.
@@ -223,6 +240,7 @@ class AutoLoRAPipeline:
             guidance: Guidance scale.
             negative_prompt: What the picture shall not show.
             use_triggers: Whether to add missing trigger words to the prompt.
+            planned: Called once before the first step, with all of the report but how it went.
             progress: Called with steps done and steps in all; what it raises ends the call.
 
         Returns:
@@ -243,60 +261,56 @@ class AutoLoRAPipeline:
         )
         asked = merge_asked(asked_loras(loras), request.tags)
         with self._lock:
-            return self._generate(request, asked, retrieve, strategy, use_triggers, progress)
+            plan = self._plan(request, asked, retrieve, strategy, use_triggers)
+            if planned is not None:
+                planned(plan.report)
+            return self._generate(plan, progress)
 
-    def _generate(
+    def _generate(self, plan: _Plan, progress: Progress | None) -> Output:
+        from autolora.fusion import attached, record_gates
+        from autolora.generation.denoise import denoise
+
+        dit, report, clock = self.base.dit, plan.report, plan.clock
+        with attached(dit, _pairs(plan.chosen), report.strategy, self.gates) as attachment:
+            clock.mark("attach")
+            with record_gates(dit) if plan.chosen and plan.gated else nullcontext() as records:
+                image, parts = denoise(self.base, plan.request, report.used_prompt, progress)
+            gates = records.by_adapter() if records is not None else {}
+        layers = {entry.name: len(entry.layers) for entry in attachment.adapters}
+        for used in report.adapters:
+            used.layers, used.gate = layers[used.name], gates.get(used.name)
+        report.timings = {**clock.seconds, **vars(parts), "total": clock.total()}
+        hits = [entry.hit for entry in plan.chosen if entry.hit is not None]
+        return Output(image, hits, report.used_prompt, report)
+
+    def _plan(
         self,
         request: Request,
         asked: list[AskedLoRA],
         retrieve: bool,
         strategy: str | None,
         use_triggers: bool,
-        progress: Progress | None,
-    ) -> Output:
-        from autolora.fusion import attached, get_strategy, record_gates
-        from autolora.generation.denoise import denoise
+    ) -> _Plan:
+        """Choose and check everything, so that only the picture is left to be made."""
+        from autolora.fusion import get_strategy
 
-        chosen_strategy = strategy or (
-            self._attached_strategy if self._attached else self.config.strategy
-        )
-        uses_gates = get_strategy(chosen_strategy).uses_gates
+        name = strategy or (self._attached_strategy if self._attached else self.config.strategy)
+        gated = get_strategy(name).uses_gates
         notes: list[str] = []
-        marks = [time.perf_counter()]
+        clock = _Clock()
         chosen = self._select(request, asked, retrieve, notes)
-        marks.append(time.perf_counter())
-        dit = self.base.dit
-        marks.append(time.perf_counter())
-        chosen = keep_fitting(chosen, linear_layers(dit), notes)
-        used_prompt = with_triggers(request.prompt, chosen) if use_triggers else request.prompt
-        if not used_prompt:
-            raise GenerationError("The prompt has nothing but LoRA tags; add a few words to it.")
-        if chosen and uses_gates and self.gates is None:
+        clock.mark("retrieve")
+        chosen = keep_fitting(chosen, linear_layers(self.base.dit), notes)
+        if chosen and gated and self.gates is None:
             notes.append("There are no trained gates for this base model; the adapters are summed.")
-        with attached(dit, _pairs(chosen), chosen_strategy, self.gates) as attach_report:
-            marks.append(time.perf_counter())
-            with record_gates(dit) if uses_gates and chosen else nullcontext() as records:
-                image, parts = denoise(self.base, request, used_prompt, progress)
-            spoken = records.by_adapter() if records is not None else {}
-        marks.append(time.perf_counter())
-        layers = {entry.name: len(entry.layers) for entry in attach_report.adapters}
-        report = _report(request, used_prompt, self.config.name, chosen_strategy)
-        report.adapters = [
-            entry.to_report(layers[entry.lora.name], spoken.get(entry.lora.name))
-            for entry in chosen
-        ]
+        clock.mark("load")
+        prompt = with_triggers(request.prompt, chosen) if use_triggers else request.prompt
+        if not prompt:
+            raise GenerationError("The prompt has nothing but LoRA tags; add a few words to it.")
+        report = _report(request, prompt, self.config.name, name)
+        report.adapters = [entry.to_report() for entry in chosen]
         report.notes = notes
-        report.timings = {
-            "retrieve": marks[1] - marks[0],
-            "load": marks[2] - marks[1],
-            "attach": marks[3] - marks[2],
-            "encode": parts.encode,
-            "denoise": parts.denoise,
-            "decode": parts.decode,
-            "total": marks[4] - marks[0],
-        }
-        hits = [entry.hit for entry in chosen if entry.hit is not None]
-        return Output(image, hits, used_prompt, report)
+        return _Plan(request, chosen, report, gated, clock)
 
     def _select(
         self, request: Request, asked: list[AskedLoRA], retrieve: bool, notes: list[str]
@@ -315,6 +329,32 @@ class AutoLoRAPipeline:
         if not request.prompt:
             return []
         return self._search.choose(request.prompt, request.top_k - len(taken), taken)
+
+
+class _Clock:
+    """Seconds between marks."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
+@dataclass
+class _Plan:
+    """A picture that is ready to be made."""
+
+    request: Request
+    chosen: list[Chosen]
+    report: Report
+    gated: bool
+    clock: _Clock
 
 
 def shipped_gate(config: PipelineConfig) -> Path | None:

@@ -3,8 +3,8 @@
     python scripts/evaluate_tiny.py [--quick] [--sheet docs/images/contact-sheet.png]
 
 Prints one table and, on the last line, the same as JSON. Subjects and styles are those of the
-committed pool; "never seen" LoRAs for retrieval come from the retriever's own held-out list and
-need the larger pool (``--large build/tiny_world/large``).
+committed pool. Retrieval is measured on that pool as it is and on a copy without any names or
+metadata, apart for concepts that the retriever was trained on and for those it never saw.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,8 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from autolora import AutoLoRAPipeline, Pool
+from autolora.adapters import save_lora
 from autolora.flux.loading import load_config, load_pipeline, quiet
 from autolora.fusion import GateBank, attached, load_gates
+from train.retrieval.config import RetrieverTrainConfig
+from train.retrieval.config import load_config as read_config
+from train.retrieval.data import in_test
 from train.tiny_world.captions import prompt
 from train.tiny_world.export import draw
 from train.tiny_world.probes import Probe, load_probe
@@ -131,20 +136,62 @@ def evaluate_pictures(scorer: Scorer, share: float) -> dict[str, dict[str, float
     return rows
 
 
-def retrieval_share(pipe: AutoLoRAPipeline, pairs: list[tuple[str, str, str, str]]) -> float:
-    """Share of prompts for which exactly the right subject and style are among the chosen.
+Wanted = list[tuple[str, str, str, str]]
+"""Subject and style as captions name them, and the names of the two LoRAs."""
 
-    Args:
-        pipe: With an index over the pool in question.
-        pairs: Subject and style as captions name them, and the two LoRAs' names.
-    """
+
+def retrieval_share(pipe: AutoLoRAPipeline, wanted: Wanted) -> dict[str, float]:
+    """Shares of prompts "a STYLE SUBJECT on a COLOUR background" whose adapters were chosen."""
     rng = np.random.default_rng(2)
-    right = 0
-    for subject, style, subject_lora, style_lora in pairs:
+    right = {"both": 0, "subject": 0, "style": 0, "chosen_per_prompt": 0}
+    for subject, style, subject_lora, style_lora in wanted:
         text = prompt(subject, str(rng.choice(list(COLOURS))), style)
         chosen = {hit.name for hit in pipe.choose(text, k=3)}
-        right += {subject_lora, style_lora} <= chosen
-    return right / max(1, len(pairs))
+        right["subject"] += subject_lora in chosen
+        right["style"] += style_lora in chosen
+        right["both"] += {subject_lora, style_lora} <= chosen
+        right["chosen_per_prompt"] += len(chosen)
+    return {k: v / max(1, len(wanted)) for k, v in right.items()} | {"prompts": len(wanted)}
+
+
+def anonymous_pool(pool: Pool, folder: Path) -> dict[str, str]:
+    """Copies the pool without names, titles, triggers or captions; returns the new names."""
+    renamed = {name: f"lora-{i:03d}" for i, name in enumerate(pool.names)}
+    for name, new in renamed.items():
+        lora = pool.load(name)
+        factors = {layer: lora.factors(layer) for layer in lora.layers}
+        save_lora(folder / f"{new}.safetensors", factors, "kohya", dtype="bfloat16")
+    return renamed
+
+
+def evaluate_retrieval(pool: Pool, settings: RetrieverTrainConfig) -> dict[str, Any]:
+    """Retrieval on the shipped pool, with and without metadata, seen and never seen apart.
+
+    A pair counts as seen where the retriever was trained on LoRAs of both concepts, as never seen
+    where on neither; mixed pairs count only in the row for all.
+    """
+    world = load_world_config(ROOT / "configs" / "tiny_world.yaml")
+    split, styles = split_world(world), STYLES[: world.pool.shipped_styles]
+    tested = {s.name: in_test(s.name, settings) for s in split.shipped}
+    tested |= {s.name: in_test(f"{s.name} style", settings) for s in styles}
+    pairs = [(s.name, t.name, s.slug, t.slug) for s in split.shipped for t in styles]
+    groups = {
+        "all": pairs[:: len(styles) + 1],
+        "trained on": [p for p in pairs if not tested[p[0]] and not tested[p[1]]][::11],
+        "never seen": [p for p in pairs if tested[p[0]] and tested[p[1]]],
+    }
+    result: dict[str, Any] = {}
+    named = AutoLoRAPipeline.from_config("tiny")
+    for group, wanted in groups.items():
+        result[f"with metadata, {group}"] = retrieval_share(named, wanted)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "pool"
+        renamed = anonymous_pool(pool, folder)
+        blind = AutoLoRAPipeline.from_config("tiny", pool=folder)
+        for group, wanted in groups.items():
+            wanted = [(a, b, renamed[c], renamed[d]) for a, b, c, d in wanted]
+            result[f"weights and portraits alone, {group}"] = retrieval_share(blind, wanted)
+    return result
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
@@ -216,18 +263,12 @@ def main() -> None:
         pipe = load_pipeline(config)
     gates = load_gates(config.gate or ROOT / "autolora/flux/tiny/weights/gate.safetensors")
     scorer = Scorer(pipe, Pool(ROOT / "lora_pool" / "tiny"), load_probe(), gates)
+    retriever = read_config(ROOT / "configs" / "train" / "retriever.yaml")
     if args.sheet:
         contact_sheet(scorer, args.sheet)
     rows = evaluate_pictures(scorer, 0.1 if args.quick else 1.0)
-    world = load_world_config(ROOT / "configs" / "tiny_world.yaml")
-    split, styles = split_world(world), STYLES[: world.pool.shipped_styles]
-    pairs = [
-        (s.name, styles[i % len(styles)].name, s.slug, styles[i % len(styles)].slug)
-        for i, s in enumerate(split.shipped)
-    ]
-    retriever = AutoLoRAPipeline.from_config("tiny")
     other = {
-        "both adapters picked, shipped pool, all channels": retrieval_share(retriever, pairs),
+        "retrieval": evaluate_retrieval(scorer.pool, retriever),
         "float8 storage against bfloat16": storage_psnr(scorer, config),
         "detach restores the base to the byte": detach_restores(scorer),
         "probe on held-out renders": json.loads(probe_note()),

@@ -69,8 +69,8 @@ class Report:
         sigma_shift: Shift of the noise schedule; None is the default.
         adapters: What took part, in order.
         notes: What a user should know, one sentence each, such as files that were left out.
-        timings: Seconds by part: ``retrieve``, ``attach``, ``encode``, ``denoise``, ``decode``,
-            ``total``.
+        timings: Seconds by part: ``retrieve``, ``load`` (of the base model, about 0 once it is
+            loaded), ``attach``, ``encode``, ``denoise``, ``decode``, and ``total``.
         versions: Of the programs involved.
     """
 

@@ -34,6 +34,11 @@ class IndexState:
     report: RefreshReport
     seen: tuple[Any, ...]
 
+    @property
+    def size(self) -> int:
+        """Number of LoRAs that can be found."""
+        return len(self.searcher.index)
+
 
 class PoolSearch:
     """Searches a pool; the base model is asked for only where a file must be encoded."""

@@ -38,17 +38,15 @@ class Chosen:
     hit: Hit | None = None
     triggers: list[str] = field(default_factory=list)
 
-    def to_report(self, layers: int, gate: float | None) -> UsedAdapter:
-        """Return what the report says of it."""
+    def to_report(self) -> UsedAdapter:
+        """Return what the report says of it before the picture is made."""
         return UsedAdapter(
             name=self.lora.name,
             strength=self.strength,
             why=self.why,
             score=None if self.score is None else round(self.score, 4),
             sha256=self.lora.sha256,
-            layers=layers,
             triggers=self.triggers,
-            gate=None if gate is None else round(gate, 4),
         )
 
 

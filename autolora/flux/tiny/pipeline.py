@@ -39,11 +39,11 @@ class TinyFluxPipeline(FluxImagePipeline):
             return super().cfg_guided_model_fn(
                 model_fn, cfg_scale, inputs_shared, inputs_posi, inputs_nega, **inputs_others
             )
-        joined = {n: torch.cat(pair) for n, pair in zip(_TEXT_INPUTS, pairs, strict=True)}  # type: ignore[arg-type]
-        both = {**inputs_posi, **joined}
+        texts = {n: torch.cat((inputs_posi[n], inputs_nega[n])) for n in _TEXT_INPUTS}
+        both = {**inputs_posi, **texts}
         shared = {**inputs_shared, "latents": inputs_shared["latents"].repeat(2, 1, 1, 1)}
-        positive, negative = model_fn(**both, **shared, **inputs_others).chunk(2)
-        return negative + cfg_scale * (positive - negative)
+        prompted, unprompted = model_fn(**both, **shared, **inputs_others).chunk(2)
+        return unprompted + cfg_scale * (prompted - unprompted)
 
 
 def assemble(
@@ -54,7 +54,7 @@ def assemble(
     dtype: torch.dtype = torch.float32,
     minilm: MiniLM | None = None,
 ) -> TinyFluxPipeline:
-    """Puts the components into a pipeline; the autoencoder and transformer are cast to ``dtype``."""
+    """Puts the components into a pipeline; autoencoder and transformer are cast to ``dtype``."""
     minilm = minilm or shared_minilm()
     pipe = TinyFluxPipeline(device=device, torch_dtype=dtype)
     pipe.tokenizer_1 = pipe.tokenizer_2 = minilm.tokenizer

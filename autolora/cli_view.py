@@ -1,0 +1,183 @@
+"""What the shell shows: tables, bars, notes and JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from autolora.generation.report import Report
+    from autolora.retrieval import Hit
+
+PIPE_WIDTH = 160  # columns for a reader that is no terminal
+
+
+def console(stderr: bool = True) -> Console:
+    """Return a console; where nobody sees a terminal, lines are long enough not to be cut."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def fail(sentence: str, status: int) -> int:
+    """Say on stderr what is wrong, and return the exit status."""
+    print(f"autolora: {sentence}", file=sys.stderr)
+    return status
+
+
+def print_json(data: Any) -> None:
+    """Print data on stdout."""
+    print(json.dumps(data, indent=2, ensure_ascii=False, default=str))
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print notes on stderr, one per line."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Make a table; numbers stand to the right, and nothing in a cell is taken for markup."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    cells = [list(row) for row in rows]
+    for number, column in enumerate(columns):
+        numeric = bool(cells) and all(isinstance(row[number], (int, float)) for row in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    return table
+
+
+def show_hits(hits: Sequence[Hit], chosen: set[str], as_json: bool) -> None:
+    """Print what a search found; those that a picture would take are marked."""
+    if as_json:
+        rows = [
+            {
+                "name": hit.name,
+                "score": round(hit.score, 4),
+                "why": hit.why,
+                "title": hit.title,
+                "chosen": hit.name in chosen,
+                "channels": {name: round(value, 4) for name, value in hit.channels.items()},
+            }
+            for hit in hits
+        ]
+        print_json(rows)
+        return
+    marked = [("*" if h.name in chosen else "", h.name, h.score, h.why) for h in hits]
+    console(stderr=False).print(make_table(("", "adapter", "score", "why"), marked))
+    if not chosen:
+        print_notes(["Nothing fits well enough for a picture to take it."])
+
+
+class _Bar:
+    """A progress bar on stderr that appears when there is something to show."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def update(self, done: int, total: int) -> None:
+        """Show that so much is done."""
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=console(),
+                transient=not sys.stderr.isatty(),
+            )
+            self._task = self._progress.add_task(self._title, total=total)
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=total)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class IndexBar(_Bar):
+    """Progress of encoding a pool."""
+
+    def __init__(self) -> None:
+        super().__init__("index")
+
+    def __enter__(self) -> IndexBar:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class PictureView:
+    """One picture on its way: what was chosen, then the steps."""
+
+    def __init__(self, quiet: bool, first: bool) -> None:
+        """Show nothing yet.
+
+        Args:
+            quiet: Whether only the bar is wanted.
+            first: Whether to show what was chosen; it is the same for every seed.
+        """
+        self._show_plan = first and not quiet
+        self._status = console().status("loading") if sys.stderr.isatty() else None
+        self._bar = _Bar("drawing")
+
+    def __enter__(self) -> PictureView:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop_status()
+        self._bar.close()
+
+    def planned(self, report: Report) -> None:
+        """Show which adapters take part and why."""
+        self._stop_status()
+        if not self._show_plan:
+            return
+        if report.adapters:
+            rows = [(a.name, a.strength, a.score, a.why) for a in report.adapters]
+            console().print(make_table(("adapter", "strength", "score", "why"), rows))
+        else:
+            print_notes(["No LoRA takes part; the base model draws alone."])
+        if report.used_prompt != report.prompt:
+            print_notes([f"The model reads: {report.used_prompt}"])
+        print_notes(report.notes)
+
+    def step(self, done: int, total: int) -> None:
+        """Show a denoising step."""
+        self._bar.update(done, total)
+
+    def _stop_status(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,182 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from autolora.errors import RetrievalError
+from autolora.retrieval.calibration import Calibration, fit_calibration, standard_scores
+from autolora.retrieval.encoder import LoRAEncoder
+from autolora.retrieval.features import FlatSpec, LoRAInputs
+from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
+from autolora.retrieval.retriever import FORMAT, Retriever, RetrieverSpec
+from autolora.retrieval.ridge import RidgeEncoder
+from autolora.retrieval.tokens import TokenSpec, WeightTokens, fit_probes, weight_tokens
+from autolora.retrieval.whitening import TextWhitening
+from tests.retrieval.synthetic import LAYERS, WordVectors, concept_lora, concept_names
+
+TOKENS = TokenSpec(tuple(LAYERS), probes=6, sketch=4)
+PORTRAIT = PortraitSpec(settings=2, channels=2, grid=4)
+WORDS = WordVectors()
+NAMES = concept_names(20)
+LORAS = [concept_lora(name, WORDS.encode([name])[0]) for name in NAMES]
+
+
+def make(ridge_weight: float = 0.75) -> tuple[Retriever, LoRAInputs, torch.Tensor]:
+    probes = fit_probes(LORAS, TOKENS)
+    weights = WeightTokens.cat([weight_tokens(lora, TOKENS, probes) for lora in LORAS])
+    raw = torch.randn(20, 2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    inputs = LoRAInputs(weights, portrait_tokens(raw, PORTRAIT))
+    text = WORDS.encode(NAMES)
+    head = TextWhitening.fit(text, torch.arange(20), dim=12, shrinkage=1.0)
+    spec = FlatSpec(("read",), tuple(range(len(LAYERS))))
+    ridge = RidgeEncoder.fit(inputs, head(text), head, spec, TOKENS)
+    torch.manual_seed(0)
+    deep = LoRAEncoder.for_inputs(
+        inputs.only(weights=False, portraits=True), PORTRAIT, WORDS.dim, dim=8, width=16
+    )
+    about = RetrieverSpec(
+        TOKENS,
+        PORTRAIT,
+        WORDS.name,
+        (ridge_weight, 1 - ridge_weight),
+        Calibration(-5.0, 1.2, 0.8, 0.4),
+        {"base_model": "synthetic"},
+    )
+    retriever = Retriever(about, [ridge, deep], probes)
+    return retriever, inputs, raw
+
+
+def test_joined_cosine_is_the_weighted_mean_of_the_encoders() -> None:
+    retriever, inputs, _ = make()
+    text = WORDS.encode(NAMES)
+    joined = retriever.encode_text(text) @ retriever.encode_inputs(inputs).T
+    expected = sum(
+        weight * (m.encode_text(text) @ m.encode_loras(inputs).T)
+        for m, weight in zip(retriever.members, (0.75, 0.25), strict=True)
+    )
+    torch.testing.assert_close(joined, expected, atol=1e-5, rtol=1e-4)
+    assert retriever.dim == 20
+
+
+def test_an_absent_input_leaves_the_other_encoders() -> None:
+    retriever, inputs, raw = make()
+    only = retriever.encode(LORAS[0])
+    torch.testing.assert_close(only[:12], retriever.members[0].encode_loras(inputs[:1])[0])
+    assert not only[12:].any() and only.norm().item() == pytest.approx(1, abs=1e-5)
+    both = retriever.encode(LORAS[0], raw[0])
+    torch.testing.assert_close(both, retriever.encode_inputs(inputs)[0], atol=1e-5, rtol=1e-4)
+    with pytest.raises(RetrievalError, match="cannot encode this LoRA"):
+        retriever.encode()
+
+
+def test_a_lora_for_other_layers_is_refused() -> None:
+    retriever, _, _ = make()
+    pair = (torch.ones(1, 3), torch.ones(3, 1))
+    from autolora.adapters import LoRA
+
+    with pytest.raises(RetrievalError, match="cannot encode this LoRA"):
+        retriever.encode(LoRA.from_factors("x", {"blocks.7.ff_a.0": pair}))
+
+
+def test_a_file_keeps_everything(tmp_path: Path) -> None:
+    retriever, inputs, _ = make()
+    retriever.background = retriever.encode_text(WORDS.encode(NAMES[:5]))
+    retriever.references = retriever.encode_inputs(inputs)[:5]
+    path = tmp_path / "deep" / "retriever.safetensors"
+    retriever.save(path)
+    loaded = Retriever.load(path)
+    assert loaded.spec == retriever.spec
+    assert loaded.calibrated and loaded.sha256 == retriever.sha256 != ""
+    torch.testing.assert_close(loaded.encode_inputs(inputs), retriever.encode_inputs(inputs))
+    torch.testing.assert_close(loaded.encode(LORAS[3]), retriever.encode(LORAS[3]))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_large_matrices_are_halved_without_changing_rankings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autolora.retrieval.retriever._HALF_FROM", 50)
+    retriever, inputs, _ = make()
+    retriever.save(tmp_path / "r.safetensors")
+    loaded = Retriever.load(tmp_path / "r.safetensors")
+    tensors = load_file(tmp_path / "r.safetensors")
+    assert torch.float16 in {tensor.dtype for tensor in tensors.values()}
+    text = WORDS.encode(NAMES)
+    before = (retriever.encode_text(text) @ retriever.encode_inputs(inputs).T).argmax(1)
+    after = (loaded.encode_text(text) @ loaded.encode_inputs(inputs).T).argmax(1)
+    assert before.tolist() == after.tolist()
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def other_format(path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": "something"})
+
+
+def no_config(path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, path, metadata={"format": FORMAT})
+
+
+def extra_tensor(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({**load_file(path), "surplus": torch.zeros(1)}, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncated, "damaged"),
+        (other_format, "not a retriever of this version"),
+        (no_config, "damaged"),
+        (extra_tensor, "damaged"),
+        (lambda path: path.write_bytes(b""), "damaged"),
+        (lambda path: path.unlink(), "no retriever at"),
+    ],
+)
+def test_bad_files_are_named_in_one_line(tmp_path: Path, damage: object, words: str) -> None:
+    path = tmp_path / "r.safetensors"
+    make()[0].save(path)
+    damage(path)  # type: ignore[operator]
+    with pytest.raises(RetrievalError, match=words) as caught:
+        Retriever.load(path)
+    assert "\n" not in str(caught.value) and "r.safetensors" in str(caught.value)
+
+
+def test_standard_scores_equal_a_loop() -> None:
+    g = torch.Generator().manual_seed(0)
+    text, lora, bank, refs = (torch.randn(n, 6, generator=g) for n in (3, 4, 9, 8))
+    scores = standard_scores(text, lora, bank, refs)
+    for i in range(3):
+        for j in range(4):
+            s = (text[i] @ lora[j]).item()
+            of_lora = torch.stack([b @ lora[j] for b in bank])
+            of_text = torch.stack([r @ text[i] for r in refs])
+            assert scores[i, j].tolist() == pytest.approx(
+                [(s - v.mean().item()) / v.std().item() for v in (of_lora, of_text)], rel=1e-4
+            )
+
+
+def test_calibration_recovers_the_law_of_the_pairs() -> None:
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(200, 100, 2, generator=g)
+    law = torch.sigmoid(-3.0 + 1.5 * scores[..., 0] + 0.5 * scores[..., 1])
+    positives = torch.rand(200, 100, generator=g) < law
+    fitted = fit_calibration(scores, positives)
+    assert (fitted.bias, fitted.lora, fitted.text) == pytest.approx((-3.0, 1.5, 0.5), abs=0.15)
+    assert 0 < fitted.threshold < 1
+
+
+def test_the_threshold_parts_right_from_wrong() -> None:
+    scores = torch.zeros(4, 4, 2)
+    scores[torch.arange(4), torch.arange(4)] = 6.0
+    scores[0, 1] = 2.0
+    positives = torch.eye(4, dtype=torch.bool)
+    fitted = fit_calibration(scores, positives)
+    best_wrong = fitted.probability(scores).masked_fill(positives, 0).max()
+    assert best_wrong < fitted.threshold <= fitted.probability(scores).diagonal().min()
