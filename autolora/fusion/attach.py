@@ -82,10 +82,13 @@ def attach(
     _check_adapters(adapters)
     linears = _find_linears(module)
     attached = tuple(_match(adapter, strength, linears) for adapter, strength in adapters)
-    used = {layer for entry in attached for layer in entry.layers}
-    layers = tuple(layer for layer in linears if layer in used)
+    members: dict[str, list[tuple[Adapter, float]]] = {layer: [] for layer in linears}
+    for pair, entry in zip(adapters, attached, strict=True):
+        for layer in entry.layers:
+            members[layer].append(pair)
+    layers = tuple(layer for layer in linears if members[layer])
     ungated = _check_gates(chosen, gates, layers, linears)
-    fused = {layer: _fuse(chosen, layer, linears[layer], adapters, gates) for layer in layers}
+    fused = {layer: _fuse(chosen, layer, linears[layer], members[layer], gates) for layer in layers}
     detach(module)
     for layer, replacement in fused.items():
         _replace(module, layer, replacement)
@@ -235,11 +238,10 @@ def _fuse(
     adapters: Sequence[tuple[Adapter, float]],
     gates: GateBank | None,
 ) -> FusedLinear:
-    here = [(adapter, strength) for adapter, strength in adapters if layer in adapter.layers]
-    names = [adapter.name for adapter, _ in here]
-    factors = [adapter.factors(layer) for adapter, _ in here]
+    names = [adapter.name for adapter, _ in adapters]
+    factors = [adapter.factors(layer) for adapter, _ in adapters]
     try:
-        return strategy.fuse(layer, base, names, factors, [s for _, s in here], gates)
+        return strategy.fuse(layer, base, names, factors, [s for _, s in adapters], gates)
     except FusionError as error:
         raise FusionError(f"layer {layer}: {error}") from error
 

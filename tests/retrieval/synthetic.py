@@ -62,7 +62,7 @@ def concept_lora(name: str, vector: Tensor, rank: int = 3, noise: float = 0.1) -
         fixed = torch.Generator().manual_seed(len(layer))
         reads = torch.randn(in_features, len(vector), generator=fixed) / len(vector) ** 0.5
         writes = torch.randn(out, len(vector), generator=fixed) / len(vector) ** 0.5
-        common = torch.randn(in_features, generator=fixed) * 0.1
+        common = torch.randn(in_features, generator=fixed) * 0.3
         A = torch.randn(rank, in_features, generator=g) * noise
         B = torch.randn(out, rank, generator=g) * noise
         A[0] += reads @ vector + common

@@ -52,6 +52,8 @@ def test_phrases_are_found_with_stop_words_and_hyphens_inside() -> None:
     words = read_words("two jack-o-lanterns, a hot-dog")
     assert find_phrase(words, stems("jack o lantern")) == (1, 3)
     assert find_phrase(words, stems("hot dog")) == (6, 7)
+    assert find_phrase(read_words("a red neon rose"), stems("red neon")) == (1, 2)
+    assert find_phrase(read_words("a red rose"), ("red",)) == ()
     assert find_phrase(words, stems("dog hot")) == ()
     assert find_phrase(words, ()) == ()
 

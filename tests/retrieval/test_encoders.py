@@ -103,13 +103,17 @@ def test_portrait_tokens_equal_a_naive_rewrite() -> None:
         for s in range(2):
             mean = raw[i, s].double().mean(0)
             small = mean.view(3, 4, 2, 4, 2).mean((2, 4))
-            torch.testing.assert_close(tokens.pictures[i, s].double(), small / small.norm(), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                tokens.pictures[i, s].double(), small / small.norm(), atol=1e-6, rtol=1e-5
+            )
             norms = [raw[i, s, k].double().norm().item() for k in range(6)]
             agreement = mean.norm().item() / (sum(norms) / 6)
             expected = [math.log(mean.norm().item()), agreement]
             assert tokens.scalars[i, s].tolist() == pytest.approx(expected, rel=1e-5)
     subset = portrait_tokens(raw, PORTRAIT, torch.tensor([1, 4]))
-    torch.testing.assert_close(subset.pictures, portrait_tokens(raw[:, :, [1, 4]], PORTRAIT).pictures)
+    torch.testing.assert_close(
+        subset.pictures, portrait_tokens(raw[:, :, [1, 4]], PORTRAIT).pictures
+    )
 
 
 def test_portraits_of_other_settings_are_refused() -> None:

@@ -78,9 +78,7 @@ def test_a_new_index_equals_what_was_encoded(root: Path) -> None:
     assert [r.name for r in index.records] == sorted(NAMES) and len(index) == 6
     opened = PoolIndex.open(root / "index", PROVENANCE)
     assert (opened.records, opened.texts) == (index.records, index.texts)
-    np.testing.assert_array_equal(
-        opened.vectors("weights"), WORDS.encode(sorted(NAMES)).numpy()
-    )
+    np.testing.assert_array_equal(opened.vectors("weights"), WORDS.encode(sorted(NAMES)).numpy())
     for row, vector in zip(opened.texts, opened.vectors("texts"), strict=True):
         mean = WORDS.encode(row.pieces).mean(0)
         np.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-6)

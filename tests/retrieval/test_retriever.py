@@ -117,7 +117,7 @@ def other_format(path: Path) -> None:
 
 
 def no_config(path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, path, metadata={"format": FORMAT})
+    save_file({"x": torch.zeros(1)}, path, metadata={FORMAT: "{}"})
 
 
 def extra_tensor(path: Path) -> None:

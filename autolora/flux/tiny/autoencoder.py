@@ -31,11 +31,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, C, h, w] to the same shape."""
-        return x + self.body(x)
+        y: Tensor = self.body(x)
+        return x + y
 
 
 class TinyEncoder(nn.Module):
     """Pictures [B, 3, H, W] in [-1, 1] to normalized latents [B, 16, H/8, W/8]."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, wide: int = 64, deep: int = 96) -> None:
         super().__init__()
@@ -57,7 +61,8 @@ class TinyEncoder(nn.Module):
 
     def raw(self, image: Tensor) -> Tensor:
         """Latents before normalization, [B, 16, H/8, W/8]."""
-        return self.body(image)
+        z: Tensor = self.body(image)
+        return z
 
     def forward(
         self, image: Tensor, tiled: bool = False, tile_size: int = 64, tile_stride: int = 32
@@ -70,6 +75,9 @@ class TinyEncoder(nn.Module):
 
 class TinyDecoder(nn.Module):
     """Normalized latents [B, 16, H/8, W/8] to pictures [B, 3, H, W], about [-1, 1]."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, wide: int = 64, deep: int = 96, fine: int = 16) -> None:
         super().__init__()
@@ -94,7 +102,8 @@ class TinyDecoder(nn.Module):
 
     def raw(self, z: Tensor) -> Tensor:
         """Decodes latents that were not normalized."""
-        return self.body(z)
+        picture: Tensor = self.body(z)
+        return picture
 
     def forward(
         self,
