@@ -25,7 +25,7 @@ def dit():
     model = TinyFluxDiT(config)
     model.init_weights()
     for parameter in model.parameters():  # zero modulations would hide the blocks
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
+        parameter.data.add_(0.15 * torch.randn_like(parameter))
     return model.eval()
 
 

@@ -54,14 +54,12 @@ class TinyFluxDiT(FluxDiT):
 
         Every block is then the identity at the start (adaLN-zero, DiT, arXiv 2212.09748).
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            nn.init.zeros_(module.bias)
+            # Modulations are the layers called "linear", in blocks and before the output.
+            if name.endswith(".linear") or name == "final_proj_out":
+                nn.init.zeros_(module.weight)
+            else:
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            for norm in (block.norm1_a, block.norm1_b):
-                nn.init.zeros_(norm.linear.weight)
-        for block in self.single_blocks:
-            nn.init.zeros_(block.norm.linear.weight)
-        nn.init.zeros_(self.final_norm_out.linear.weight)
-        nn.init.zeros_(self.final_proj_out.weight)

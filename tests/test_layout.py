@@ -1,0 +1,132 @@
+"""Rules that hold for the whole repository: sizes, imports, configurations, words."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_FILE = 400
+MAX_FUNCTION = 60
+MAX_MAIN = 80  # in programs, where a run is read from top to bottom
+PROGRAMS = ("scripts", "train")
+TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".json", ".txt", ".sh", ".cfg", ""}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("file", sources("autolora", "train", "scripts"), ids=relative)
+def test_files_and_functions_are_small(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_FILE, f"{relative(file)} has {text.count(chr(10))} lines"
+    limit = MAX_MAIN if relative(file).startswith(PROGRAMS) else MAX_FUNCTION
+    long = [
+        f"{node.name} ({length} lines)"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (length := body_lines(node)) > limit
+    ]
+    assert not long, f"{relative(file)}: {', '.join(long)}"
+
+
+def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its signature and docstring, which grow with what is said."""
+    body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+    return (node.end_lineno or 0) - body[0].lineno + 1
+
+
+def test_function_limit_can_be_exceeded() -> None:
+    lines = "\n".join("    x = 1" for _ in range(MAX_FUNCTION + 1))
+    function = ast.parse(f'def f():\n    """Doc."""\n{lines}\n').body[0]
+    assert body_lines(function) == MAX_FUNCTION + 1
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import autolora; autolora.AutoLoRAError",
+        "import autolora.flux.config as c; c.load_config('tiny')",
+        "from autolora import Pool",
+        "from autolora.cli import main; assert main(['--help']) == 0",
+        "from autolora.cli import main; assert main(['generate', '--help']) == 0",
+        "from autolora.cli import main; main(['pool', 'list', '--pool', '/nowhere'])",
+        "from autolora.cli import main; assert main(['generate', '  ']) == 2",
+    ],
+)
+def test_light_commands_load_nothing_heavy(code: str) -> None:
+    check = (
+        f"import sys; {code}; "
+        "heavy = {'torch', 'diffsynth', 'transformers', 'faiss'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_pipeline_needs_no_diffsynth() -> None:
+    check = "import sys, autolora.pipeline; sys.exit('diffsynth' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=relative)
+def test_every_config_is_yaml_and_says_how_it_is_used(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert isinstance(yaml.safe_load(text), dict)
+    assert text.startswith("#"), "a configuration opens with how to use it"
+
+
+def test_configs_of_base_models_load() -> None:
+    from autolora.flux.config import load_config, shipped_configs
+
+    names = list(shipped_configs())
+    assert "tiny" in names
+    for name in names:
+        assert load_config(name).name == name
+
+
+def committed_texts() -> list[Path]:
+    """Files that git tracks or would add."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.splitlines()]
+    return [file for file in files if file.suffix in TEXT_SUFFIXES and file.is_file()]
+
+
+def test_no_paths_of_one_machine() -> None:
+    absolute = re.compile(r"(?<![\w.:/])/(?:home|Users|root|work|workspace|mnt|opt)/\w+")
+    found = [
+        f"{relative(file)}: {match.group()}"
+        for file in committed_texts()
+        for match in absolute.finditer(file.read_text(encoding="utf-8", errors="replace"))
+    ]
+    assert not found
+
+
+def test_no_large_file_is_committed() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    assert not [relative(file) for file in files if file.stat().st_size > 25_000_000]
