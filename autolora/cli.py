@@ -6,6 +6,7 @@ every command needs is imported here, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sentence = getattr(error, "format_message", None)
         if sentence is None:
             raise
-        return fail(f"{sentence()} See autolora --help.", WRONG_INPUT)
+        return fail(f"{sentence().rstrip('.')}; see autolora --help.", WRONG_INPUT)
     return status if isinstance(status, int) else 0
 
 
@@ -263,7 +264,7 @@ def _picture_name(out: str | None, prompt: str, seed: int, many: bool) -> Path:
     if out is None:
         return Path(default)
     path = Path(out).expanduser()
-    if out.endswith("/") or path.is_dir():
+    if out.endswith("/") or os.path.isdir(path):
         return path / default
     if not path.suffix:
         raise GenerationError(f"{out} must end in .png, or in / for a folder.")

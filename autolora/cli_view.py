@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -78,23 +79,30 @@ def show_hits(hits: Sequence[Hit], chosen: set[str], as_json: bool) -> None:
 
 
 class _Bar:
-    """A progress bar on stderr that appears when there is something to show."""
+    """A progress bar on stderr that appears when there is something to show.
 
-    def __init__(self, title: str) -> None:
+    Args:
+        title: What is going on.
+        patience: Seconds to wait before it appears.
+    """
+
+    def __init__(self, title: str, patience: float = 0.0) -> None:
         self._title = title
+        self._appears = time.monotonic() + patience
         self._progress: Progress | None = None
         self._task: Any = None
 
     def update(self, done: int, total: int) -> None:
         """Show that so much is done."""
         if self._progress is None:
+            if time.monotonic() < self._appears:
+                return
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 console=console(),
-                transient=not sys.stderr.isatty(),
             )
             self._task = self._progress.add_task(self._title, total=total)
             self._progress.start()
@@ -111,7 +119,7 @@ class IndexBar(_Bar):
     """Progress of encoding a pool."""
 
     def __init__(self) -> None:
-        super().__init__("index")
+        super().__init__("index", patience=1.0)
 
     def __enter__(self) -> IndexBar:
         return self

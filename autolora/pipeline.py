@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.adapters import LoRA, Pool
+from autolora.adapters import Pool
 from autolora.errors import GenerationError
 from autolora.flux.config import PipelineConfig, load_config
 from autolora.flux.layers import linear_layers
@@ -30,6 +30,7 @@ from autolora.generation.selecting import (
 from autolora.generation.versions import program_versions
 
 if TYPE_CHECKING:
+    from autolora.adapters import LoRA
     from autolora.fusion import AttachReport, GateBank
     from autolora.retrieval import Hit
 
@@ -273,7 +274,7 @@ class AutoLoRAPipeline:
         dit, report, clock = self.base.dit, plan.report, plan.clock
         with attached(dit, _pairs(plan.chosen), report.strategy, self.gates) as attachment:
             clock.mark("attach")
-            with record_gates(dit) if plan.chosen and plan.gated else nullcontext() as records:
+            with record_gates(dit) if plan.gated else nullcontext() as records:
                 image, parts = denoise(self.base, plan.request, report.used_prompt, progress)
             gates = records.by_adapter() if records is not None else {}
         layers = {entry.name: len(entry.layers) for entry in attachment.adapters}
@@ -295,13 +296,14 @@ class AutoLoRAPipeline:
         from autolora.fusion import get_strategy
 
         name = strategy or (self._attached_strategy if self._attached else self.config.strategy)
-        gated = get_strategy(name).uses_gates
+        uses_gates = get_strategy(name).uses_gates
         notes: list[str] = []
         clock = _Clock()
         chosen = self._select(request, asked, retrieve, notes)
         clock.mark("retrieve")
         chosen = keep_fitting(chosen, linear_layers(self.base.dit), notes)
-        if chosen and gated and self.gates is None:
+        gated = bool(chosen) and uses_gates and self.gates is not None
+        if chosen and uses_gates and not gated:
             notes.append("There are no trained gates for this base model; the adapters are summed.")
         clock.mark("load")
         prompt = with_triggers(request.prompt, chosen) if use_triggers else request.prompt
@@ -328,7 +330,9 @@ class AutoLoRAPipeline:
     def _retrieve(self, request: Request, taken: Sequence[str]) -> list[Hit]:
         if not request.prompt:
             return []
-        return self._search.choose(request.prompt, request.top_k - len(taken), taken)
+        hits = self._search.choose(request.prompt, request.top_k - len(taken), taken)
+        # Equally good ones in an order that does not hang on the last digits of their scores.
+        return sorted(hits, key=lambda hit: (-round(hit.score, 3), hit.name))
 
 
 class _Clock:
@@ -364,7 +368,9 @@ def shipped_gate(config: PipelineConfig) -> Path | None:
 
 
 def _pairs(chosen: Sequence[Chosen]) -> list[tuple[LoRA, float]]:
-    return [(entry.lora, entry.strength) for entry in chosen]
+    """Pairs to attach, by name, so that the order of asking cannot change a picture's bytes."""
+    ordered = sorted(chosen, key=lambda entry: entry.lora.name)
+    return [(entry.lora, entry.strength) for entry in ordered]
 
 
 def _report(request: Request, used_prompt: str, model: str, strategy: str) -> Report:

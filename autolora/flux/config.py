@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -186,7 +187,7 @@ def find_config(name: str | Path) -> Path:
     """
     path = Path(name)
     if path.suffix.lower() in (".yaml", ".yml"):
-        if path.is_file():
+        if os.path.isfile(path):
             return path
         raise ConfigError(f"There is no configuration file {shown(path)}; check the path.")
     known = shipped_configs()

@@ -181,7 +181,7 @@ def check_png_name(path: Path) -> Path:
     """
     if path.suffix.lower() != ".png":
         raise GenerationError(f"{shown(path)} must end in .png; pictures are saved as PNG.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise GenerationError(f"{shown(path)} is a folder; name a file in it.")
     return path
 

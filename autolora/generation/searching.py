@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.adapters import LoRA, Pool
 from autolora.flux.config import PipelineConfig
 from autolora.flux.layers import linear_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from autolora.adapters import LoRA, Pool
     from autolora.retrieval import Hit, MiniLMText, Provenance, RefreshReport, Retriever, Searcher
 
 Progress = Callable[[int, int], None]
@@ -138,8 +138,13 @@ class PoolSearch:
 
     @cached_property
     def _text_encoder(self) -> MiniLMText:
+        from autolora.flux.loading import quiet
+        from autolora.flux.tiny.text import shared_minilm
         from autolora.retrieval import MiniLMText
 
+        with quiet():
+            # Loaded here, as transformers shows a bar while it loads.
+            shared_minilm()
         return MiniLMText()
 
     @cached_property

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from autolora.adapters import LoRA, Pool
 from autolora.errors import LoRAFormatError, PoolError, shown
 from autolora.generation.prompts import MAX_STRENGTH, AskedLoRA, add_triggers, has_phrase
 from autolora.generation.report import UsedAdapter
 
 if TYPE_CHECKING:
+    from autolora.adapters import LoRA, Pool
     from autolora.retrieval import Hit
 
 MAX_TRIGGERS = 3

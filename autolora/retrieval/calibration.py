@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-6
+_PENALTY = 3.0
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ def fit_calibration(
 ) -> Calibration:
     """Fit on pairs that the encoder was not trained on.
 
-    Negatives keep their natural share, so that the probability is that of this LoRA in a pool of
-    about this size. The threshold maximises the mean of two shares: queries whose best LoRA is
-    right and above it, and queries with their own LoRAs taken out of the pool for which every
-    LoRA is below it.
+    The weights are drawn to 1, more so the fewer pairs there are. Negatives keep their natural
+    share, so that the probability is that of this LoRA in a pool of about this size. The threshold
+    maximises the mean of two shares: queries whose best LoRA is right and above it, and queries
+    with their own LoRAs taken out of the pool for which every LoRA is below it.
 
     Args:
         scores: ``[q, n, 2]``.
@@ -97,10 +98,13 @@ def fit_calibration(
     x = torch.cat([torch.ones(len(x), 1, dtype=x.dtype), x], 1)
     y = positives[kept].double()
     weights = torch.zeros(3, dtype=x.dtype)
-    penalty = torch.diag(torch.tensor([1e-6, 1e-2, 1e-2], dtype=x.dtype))
+    # The two scores are near to each other; the penalty keeps few pairs from playing one of them
+    # off against the other.
+    prior = torch.tensor([0.0, 1.0, 1.0], dtype=x.dtype)
+    penalty = torch.diag(torch.tensor([1e-6, _PENALTY, _PENALTY], dtype=x.dtype))
     for _ in range(50):  # Newton's method; the loss is convex.
         p = torch.sigmoid(x @ weights)
-        gradient = x.T @ (p - y) + penalty @ weights
+        gradient = x.T @ (p - y) + penalty @ (weights - prior)
         hessian = (x * (p * (1 - p))[:, None]).T @ x + penalty + 1e-9 * torch.eye(3).double()
         step = torch.linalg.solve(hessian, gradient)
         weights = weights - step.clamp(-2, 2)

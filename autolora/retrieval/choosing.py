@@ -56,7 +56,8 @@ def choose(
         if names[lora] in taken:
             open_words -= {word for word, score in scores.items() if score >= THRESHOLD}
     rest = {lora: scores for lora, scores in answers.items() if names[lora] not in taken}
-    chosen = greedy_cover(rest, open_words, k, _duplicates(searcher, rest))
+    things = {i for i, word in enumerate(findings.words) if word.role == "content"}
+    chosen = greedy_cover(rest, open_words, k, _duplicates(searcher, rest), things)
     return [_hit(searcher, findings, lora, words) for lora, words in chosen]
 
 
@@ -144,6 +145,7 @@ def greedy_cover(
     open_words: Collection[int],
     k: int,
     duplicates: Mapping[int, Collection[int]],
+    things: Collection[int] | None = None,
 ) -> list[tuple[int, tuple[int, ...]]]:
     """Take LoRAs one after another by what they add.
 
@@ -152,6 +154,8 @@ def greedy_cover(
         open_words: Words that are still to be answered.
         k: How many LoRAs at most.
         duplicates: LoRAs that are nearly the same, by LoRA.
+        things: Words of which a LoRA must add one to be taken; all when None. The others only
+            make a LoRA that answers them too come before one that does not.
 
     Returns:
         LoRAs with the words that each was taken for.
@@ -160,18 +164,22 @@ def greedy_cover(
     candidates = set(answers)
     chosen: list[tuple[int, tuple[int, ...]]] = []
     while left and candidates and len(chosen) < k:
-        gains = {
-            lora: [answers[lora][word] for word in left if answers[lora].get(word, 0) >= THRESHOLD]
-            for lora in candidates
-        }
-        best = min(candidates, key=lambda lora: (-sum(gains[lora]), lora))
+        gains = {lora: _gain(answers[lora], left, things) for lora in candidates}
+        best = min(candidates, key=lambda lora: (-sum(gains[lora].values()), lora))
         if not gains[best]:
             break
-        words = tuple(sorted(w for w in left if answers[best].get(w, 0) >= THRESHOLD))
-        chosen.append((best, words))
-        left -= set(words)
+        chosen.append((best, tuple(sorted(gains[best]))))
+        left -= set(gains[best])
         candidates -= {best, *duplicates.get(best, ())}
     return chosen
+
+
+def _gain(
+    answers: Mapping[int, float], left: Collection[int], things: Collection[int] | None
+) -> dict[int, float]:
+    """What a LoRA adds by word; nothing where it adds no thing."""
+    added = {word: answers[word] for word in left if answers.get(word, 0) >= THRESHOLD}
+    return added if things is None or any(word in things for word in added) else {}
 
 
 def _duplicates(searcher: Searcher, loras: Collection[int]) -> dict[int, set[int]]:

@@ -157,15 +157,15 @@ def find_phrase(words: list[Word], phrase: tuple[str, ...]) -> tuple[int, ...]:
         phrase: Stems.
 
     Returns:
-        Positions of the content words of its first occurrence that has any; empty without one.
+        Positions of the words of its first occurrence that has a content word, without stop
+        words; empty without one. Modifiers count, so that "red neon" says more than "neon".
     """
     if not phrase:
         return ()
     at = {position for position, word in enumerate(words) if word.stem == phrase[0]}
     for start in sorted(at):
         run = words[start : start + len(phrase)]
-        if tuple(word.stem for word in run) == phrase:
-            covers = tuple(start + i for i, word in enumerate(run) if word.role == "content")
-            if covers:
-                return covers
+        same = tuple(word.stem for word in run) == phrase
+        if same and any(word.role == "content" for word in run):
+            return tuple(start + i for i, word in enumerate(run) if word.role != "stop")
     return ()

@@ -233,7 +233,9 @@ class Retriever(nn.Module):
         handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
         os.close(handle)
         try:
-            save_file(tensors, temporary, metadata={"format": FORMAT, "config": self._describe()})
+            # One entry only: the library writes several in random order, and the file's hash is
+            # what an index is checked against.
+            save_file(tensors, temporary, metadata={FORMAT: self._describe()})
             os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
@@ -263,13 +265,13 @@ class Retriever(nn.Module):
         try:
             with safe_open(file, framework="pt") as reader:
                 header = reader.metadata() or {}
-                if header.get("format") != FORMAT:
+                if FORMAT not in header:
                     raise RetrievalError(
                         f"{shown(file)} is not a retriever of this version ({FORMAT}); train it "
                         "again with python -m train.retriever."
                     )
                 tensors = {key: reader.get_tensor(key).float() for key in reader.keys()}  # noqa: SIM118
-            retriever = _rebuild(json.loads(header["config"]), tensors)
+            retriever = _rebuild(json.loads(header[FORMAT]), tensors)
         except FileNotFoundError as error:
             raise RetrievalError(
                 f"There is no retriever at {shown(file)}; train one with python -m train.retriever."

@@ -39,7 +39,13 @@ _TEXT_LOGISTIC: Mapping[str, tuple[float, float]] = MappingProxyType(
         "description": (0.80, 18.0),
     }
 )
-"""Cosine at which a piece of metadata is as likely meant as not, and the slope there."""
+"""Cosine at which a piece of metadata is as likely meant as not, and the slope there.
+
+Set so that names which share only a kind ("sailboat" and "canoe", 0.66; "elephant" and "mammoth",
+0.58 in MiniLM) do not count and synonyms ("kitty" and "cat", 0.84) do.
+"""
+_TEXT_CERTAINTY = 0.94
+"""However near in meaning, it is less certain than words that stand in the prompt."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,7 @@ class Searcher:
             for lora, similarity, row in results:
                 text = self.index.texts[row]
                 centre, slope = _TEXT_LOGISTIC[text.kind]
-                p = 1 / (1 + math.exp(-slope * (similarity - centre)))
+                p = _TEXT_CERTAINTY / (1 + math.exp(-slope * (similarity - centre)))
                 key = (number, lora)
                 if key not in found or found[key].probability < p:
                     shown = text.text.partition("\n")[0]

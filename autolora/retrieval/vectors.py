@@ -59,7 +59,7 @@ def build_vectors(vectors: np.ndarray, kind: Kind = "auto") -> Any:
         lists = max(1, min(int(4 * count**0.5), count // 40))
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
         index.train(vectors)
-        index.nprobe = max(1, lists // 16)
+        index.nprobe = min(lists, max(16, lists // 16))
     else:
         raise RetrievalError(f"Unknown index kind {kind!r}; known ones are flat, hnsw, ivf.")
     index.add(vectors)
