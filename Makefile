@@ -26,13 +26,15 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "AutoLoRA needs Python 3.10 or newer; choose one with PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): several GB the first time, a few minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[text,dev]"
 	touch $@
 
 demo: setup
 	@$(BIN)/autolora generate "$$PROMPT" --model tiny --seed $(SEED) --out $(OUTPUTS)/
 
-# Handed over through the environment, so that quotes in a prompt need no escaping.
+# Handed over through the environment, so that quotes and dollars in a prompt need no escaping.
+override PROMPT := $(value PROMPT)
 export PROMPT
 
 test: lint

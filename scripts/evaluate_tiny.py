@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +42,8 @@ from train.tiny_world.styles import STYLES
 from train.tiny_world.world import load_world_config, split_world
 
 ROOT = Path(__file__).resolve().parents[1]
-Pairs = list[tuple[str, float]]
+LABEL_HEIGHT = 20  # pixels above the contact sheet
+COLUMNS = ("base model", "subject LoRA", "style LoRA", "both, sum", "both, gated")
 
 
 class Scorer:
@@ -233,8 +234,15 @@ def contact_sheet(scorer: Scorer, path: Path) -> None:
         both = (([subject, style], "sum"), ([subject, style], "gated"))
         pictures = [scorer.picture(text, n, s, seed) for n, s in (*columns, *both)]
         rows.append(np.concatenate([np.asarray(p) for p in pictures], 1))
+    sheet = Image.fromarray(np.concatenate(rows))
+    labelled = Image.new("RGB", (sheet.width, sheet.height + LABEL_HEIGHT), "white")
+    labelled.paste(sheet, (0, LABEL_HEIGHT))
+    pen = ImageDraw.Draw(labelled)
+    width = sheet.width // len(COLUMNS)
+    for i, name in enumerate(COLUMNS):
+        pen.text(((i + 0.5) * width, LABEL_HEIGHT / 2), name, "black", anchor="mm")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(path, optimize=True)
+    labelled.save(path, optimize=True)
 
 
 def print_table(rows: dict[str, dict[str, float]], other: dict[str, Any]) -> None:

@@ -24,9 +24,18 @@ from accelerate import Accelerator
 from autolora.errors import AutoLoRAError, ConfigError
 from autolora.retrieval.retriever import Retriever
 from autolora.retrieval.text import MiniLMText, TextEncoder
+from train.retrieval.activations import text_activations
 from train.retrieval.config import FAMILIES, RetrieverTrainConfig, load_config
-from train.retrieval.data import Features, PoolData, Split, load_data, make_features, split_concepts
-from train.retrieval.fit import Candidate, fit_paper, fit_ridges, fit_transformer
+from train.retrieval.data import (
+    Activate,
+    Features,
+    PoolData,
+    Split,
+    load_data,
+    make_features,
+    split_concepts,
+)
+from train.retrieval.fit import Candidate, fit_paper, fit_responses, fit_ridges, fit_transformer
 from train.retrieval.report import (
     Evaluation,
     banks,
@@ -51,6 +60,9 @@ def fit_candidates(
     found: list[Candidate] = []
     for family in FAMILIES:
         if family not in features.families or family not in config.families:
+            continue
+        if family == "responses":
+            found.append(fit_responses(data, features, split.fit, split.validation))
             continue
         found += fit_ridges(family, data, features, split.fit, split.validation, config)
         if config.steps:
@@ -122,7 +134,10 @@ def measure(
 
 
 def train(
-    config: RetrieverTrainConfig, text_encoder: TextEncoder, say: Say = print
+    config: RetrieverTrainConfig,
+    text_encoder: TextEncoder,
+    say: Say = print,
+    activate: Activate = text_activations,
 ) -> dict[str, Any]:
     """Train, measure and write a retriever.
 
@@ -130,6 +145,7 @@ def train(
         config: Settings.
         text_encoder: Encodes captions.
         say: Receives lines for people.
+        activate: Gives activations of captions in the base model.
 
     Returns:
         The numbers, as they are printed on the last line.
@@ -148,7 +164,7 @@ def train(
     )
     for name, reason in list(data.skipped.items())[:5]:
         tell(f"left out {name}: {reason}")
-    features = make_features(data, split.seen, config)
+    features = make_features(data, split.seen, config, activate)
     candidates = fit_candidates(data, features, split, config, accelerator, tell)
     if not candidates:
         raise ConfigError(f"None of {list(config.families)} can be fitted without portraits.")
@@ -194,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             key, equals, value = item.partition("=")
             if not equals:
                 raise ConfigError(f"--set wants KEY=VALUE, not {item!r}.")
-            overrides[key] = yaml.safe_load(value)
+            overrides[key] = yaml.safe_load(value) if value else ""
         train(load_config(options.config, overrides), MiniLMText())
     except AutoLoRAError as error:
         print(error, file=sys.stderr)

@@ -89,7 +89,7 @@ def answered_words(
     result: dict[int, dict[int, float]] = {}
     for lora, items in by_lora.items():
         words: dict[int, list[float]] = {}
-        for channel in {item.channel for item in items}:
+        for channel in sorted({item.channel for item in items}):
             own = [item for item in items if item.channel == channel]
             spread = _spread(own, singles, len(findings.concepts))
             for word, p in spread.items():

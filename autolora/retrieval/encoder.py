@@ -98,6 +98,7 @@ class LoRAEncoder(nn.Module):
     """
 
     kind = "transformer"
+    uses_responses = False
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()

@@ -20,26 +20,29 @@ GROUPS = ("portrait", "read", "write")
 
 @dataclass
 class LoRAInputs:
-    """What is known about n LoRAs; either part may be absent.
+    """What is known about n LoRAs; any part may be absent.
 
     Attributes:
         weights: Weight tokens.
         portraits: Portrait tokens.
+        responses: Response features ``[n, layers, v]``, NaN where a LoRA lacks a layer.
     """
 
     weights: WeightTokens | None = None
     portraits: PortraitTokens | None = None
+    responses: Tensor | None = None
 
     def __len__(self) -> int:
         """Count the LoRAs.
 
         Raises:
-            RetrievalError: Both parts are absent, or they are of different LoRAs.
+            RetrievalError: All parts are absent, or they are of different LoRAs.
         """
-        sizes = {len(part) for part in (self.weights, self.portraits) if part is not None}
+        parts = (self.weights, self.portraits, self.responses)
+        sizes = {len(part) for part in parts if part is not None}
         if len(sizes) != 1:
             raise RetrievalError(
-                "A LoRA can only be encoded from its weight tokens, its portrait, or both."
+                "A LoRA can only be encoded from its weights, its portrait, or both."
             )
         return sizes.pop()
 
@@ -48,6 +51,7 @@ class LoRAInputs:
         return LoRAInputs(
             None if self.weights is None else self.weights[rows],
             None if self.portraits is None else self.portraits[rows],
+            None if self.responses is None else self.responses[rows],
         )
 
     def only(self, *, weights: bool, portraits: bool) -> LoRAInputs:

@@ -28,6 +28,7 @@ from autolora.retrieval.calibration import Calibration
 from autolora.retrieval.encoder import EncoderConfig, LoRAEncoder
 from autolora.retrieval.features import LoRAInputs
 from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
+from autolora.retrieval.responses import ResponseEncoder, response_features
 from autolora.retrieval.ridge import RidgeEncoder
 from autolora.retrieval.tokens import TokenSpec, weight_tokens
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 FORMAT = "autolora-retriever-1"
 _HALF_FROM = 1 << 15
-Encoder = LoRAEncoder | RidgeEncoder
+Encoder = LoRAEncoder | RidgeEncoder | ResponseEncoder
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class RetrieverSpec:
         weights: Weight of each encoder in the joined vector, adding up to 1.
         calibration: From similarity to probability.
         provenance: How it was trained: base model, portrait settings, data, versions, numbers.
+        response_layers: Layers whose responses are looked at, in order.
     """
 
     tokens: TokenSpec | None
@@ -58,6 +60,7 @@ class RetrieverSpec:
     weights: tuple[float, ...]
     calibration: Calibration = field(default_factory=Calibration)
     provenance: dict[str, Any] = field(default_factory=dict)
+    response_layers: tuple[str, ...] = ()
 
 
 class Retriever(nn.Module):
@@ -66,7 +69,8 @@ class Retriever(nn.Module):
     Args:
         spec: What the tensors mean.
         encoders: One or more trained encoders.
-        probes: Fitted queries ``[P, in]`` by layer.
+        probes: Fitted queries ``[P, in]`` of weight tokens by layer.
+        queries: Queries ``[m, in]`` of responses by layer.
         background: Text vectors ``[b, D]`` that the calibration compares with.
         references: LoRA vectors ``[m, D]`` that the calibration compares with.
     """
@@ -81,6 +85,7 @@ class Retriever(nn.Module):
         probes: dict[str, Tensor] | None = None,
         background: Tensor | None = None,
         references: Tensor | None = None,
+        queries: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not encoders or len(encoders) != len(spec.weights):
@@ -88,6 +93,7 @@ class Retriever(nn.Module):
         self.spec = spec
         self.encoders = nn.ModuleList(encoders)
         self.probes = dict(probes or {})
+        self.queries = {layer: (queries or {})[layer] for layer in spec.response_layers}
         self.path: Path | None = None
         empty = torch.zeros(0, self.dim)
         self.register_buffer("background", empty if background is None else background)
@@ -106,8 +112,8 @@ class Retriever(nn.Module):
 
     @property
     def needs_weights(self) -> bool:
-        """Whether some encoder uses weight tokens."""
-        return any(member.uses_weights for member in self.members)
+        """Whether some encoder looks at a LoRA's weights."""
+        return any(member.uses_weights or member.uses_responses for member in self.members)
 
     @property
     def needs_portraits(self) -> bool:
@@ -143,7 +149,10 @@ class Retriever(nn.Module):
             RetrievalError: They do not fit what the retriever was trained on.
         """
         found = LoRAInputs()
-        if lora is not None and self.needs_weights and self.spec.tokens is not None:
+        if lora is not None and self.queries:
+            responses = response_features(lora, self.queries)[None]
+            found.responses = None if bool(responses.isnan().all()) else responses
+        if lora is not None and self.spec.tokens is not None:
             found.weights = weight_tokens(lora, self.spec.tokens, self.probes)
             if not bool(found.weights.mask.any()):
                 found.weights = None
@@ -152,7 +161,7 @@ class Retriever(nn.Module):
         return found
 
     @torch.no_grad()
-    def encode(self, lora: LoRA | None = None, portrait: Tensor | None = None) -> Tensor:
+    def encode(self, lora: LoRA | None = None, portrait: Tensor | None = None) -> Tensor | None:
         """Encode one LoRA.
 
         Args:
@@ -160,12 +169,16 @@ class Retriever(nn.Module):
             portrait: ``[S, K, C, h, w]``.
 
         Returns:
-            Unit vector ``[D]``.
+            Unit vector ``[D]``; None where no encoder can say anything about it, such as a LoRA
+            that changes none of the layers that are looked at.
 
         Raises:
-            RetrievalError: Neither is there, or they do not fit.
+            RetrievalError: It does not fit what the retriever was trained on.
         """
-        return self.encode_inputs(self.inputs(lora, portrait))[0]
+        inputs = self.inputs(lora, portrait)
+        if not any(_can_encode(member, inputs) for member in self.members):
+            return None
+        return self.encode_inputs(inputs)[0]
 
     @torch.no_grad()
     def encode_inputs(self, inputs: LoRAInputs) -> Tensor:
@@ -182,25 +195,17 @@ class Retriever(nn.Module):
         """
         parts: list[Tensor] = []
         used = 0.0
+        count = len(inputs)
         for member, weight in zip(self.members, self.spec.weights, strict=True):
             if _can_encode(member, inputs):
                 parts.append(member.encode_loras(inputs) * weight**0.5)
                 used += weight
             else:
-                count = max((len(p) for p in (inputs.weights, inputs.portraits) if p), default=0)
                 parts.append(torch.zeros(count, member.dim))
         if used <= 0:
-            needed = " or ".join(
-                name
-                for name, wanted in (
-                    ("layers that it was trained on", self.needs_weights),
-                    ("a portrait", self.needs_portraits),
-                )
-                if wanted
-            )
             raise RetrievalError(
-                f"The retriever cannot encode this LoRA: it needs {needed}; check that both are "
-                "for the same base model."
+                "The retriever's encoders have none of the inputs that they need; check that it "
+                "and the LoRAs are for the same base model."
             )
         return torch.cat(parts, 1) / used**0.5
 
@@ -229,6 +234,7 @@ class Retriever(nn.Module):
         target.parent.mkdir(parents=True, exist_ok=True)
         tensors = dict(self.state_dict())
         tensors |= {f"probes.{layer}": probe for layer, probe in self.probes.items()}
+        tensors |= {f"queries.{layer}": query for layer, query in self.queries.items()}
         tensors = {name: _stored(value) for name, value in tensors.items()}
         handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
         os.close(handle)
@@ -291,6 +297,8 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _can_encode(member: Encoder, inputs: LoRAInputs) -> bool:
+    if member.uses_responses:
+        return inputs.responses is not None
     weights = member.uses_weights and inputs.weights is not None
     portraits = member.uses_portraits and inputs.portraits is not None
     if isinstance(member, LoRAEncoder):
@@ -311,19 +319,21 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> Retriever:
         tokens=tokens,
         portrait=None if portrait is None else PortraitSpec(**portrait),
         weights=tuple(config.pop("weights")),
+        response_layers=tuple(config.pop("response_layers")),
         calibration=Calibration(**config.pop("calibration")),
         **config,
     )
     encoders = [_member(entry, tokens) for entry in members]
-    probes = {
-        key.removeprefix("probes."): tensors.pop(key)
-        for key in list(tensors)
-        if key.startswith("probes.")
-    }
+    probes, queries = (_take(tensors, prefix) for prefix in ("probes.", "queries."))
     banks = tensors["background"], tensors["references"]
-    retriever = Retriever(spec, encoders, probes, *banks)
+    retriever = Retriever(spec, encoders, probes, *banks, queries)
     retriever.load_state_dict(tensors, strict=True)
     return retriever
+
+
+def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    keys = [key for key in tensors if key.startswith(prefix)]
+    return {key.removeprefix(prefix): tensors.pop(key) for key in keys}
 
 
 def _member(entry: dict[str, Any], tokens: TokenSpec | None) -> Encoder:
@@ -332,4 +342,6 @@ def _member(entry: dict[str, Any], tokens: TokenSpec | None) -> Encoder:
     if entry["kind"] == RidgeEncoder.kind:
         # Portrait-only encoders never look at the token spec.
         return RidgeEncoder.from_config(entry["config"], tokens or TokenSpec(("none",)))
+    if entry["kind"] == ResponseEncoder.kind:
+        return ResponseEncoder(**entry["config"])
     raise ValueError(f"unknown kind of encoder {entry['kind']!r}")

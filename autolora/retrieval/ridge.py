@@ -32,6 +32,7 @@ class RidgeEncoder(nn.Module):
     """
 
     kind = "ridge"
+    uses_responses = False
     mean: Tensor
     scale: Tensor
     components: Tensor

@@ -54,15 +54,27 @@ def concept_names(count: int) -> list[str]:
     return names
 
 
+def _fixed(layer: str, vector_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """How a layer reads and writes concepts, and what all its inputs have in common."""
+    out, in_features = LAYERS[layer]
+    g = torch.Generator().manual_seed(len(layer))
+    reads = torch.randn(in_features, vector_size, generator=g) / vector_size**0.5
+    writes = torch.randn(out, vector_size, generator=g) / vector_size**0.5
+    return reads, writes, torch.randn(in_features, generator=g) * 0.3
+
+
+def read_activations(layer: str, vectors: Tensor) -> Tensor:
+    """Inputs of a layer for texts with these vectors."""
+    reads, _, common = _fixed(layer, vectors.shape[1])
+    return vectors @ reads.T + common
+
+
 def concept_lora(name: str, vector: Tensor, rank: int = 3, noise: float = 0.1) -> LoRA:
     """A LoRA that reads the concept's direction and writes a linear image of it."""
     g = torch.Generator().manual_seed(int(vector.abs().sum() * 1e4) % 2**31)
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for layer, (out, in_features) in LAYERS.items():
-        fixed = torch.Generator().manual_seed(len(layer))
-        reads = torch.randn(in_features, len(vector), generator=fixed) / len(vector) ** 0.5
-        writes = torch.randn(out, len(vector), generator=fixed) / len(vector) ** 0.5
-        common = torch.randn(in_features, generator=fixed) * 0.3
+        reads, writes, common = _fixed(layer, len(vector))
         A = torch.randn(rank, in_features, generator=g) * noise
         B = torch.randn(out, rank, generator=g) * noise
         A[0] += reads @ vector + common

@@ -62,21 +62,24 @@ def test_joined_cosine_is_the_weighted_mean_of_the_encoders() -> None:
 def test_an_absent_input_leaves_the_other_encoders() -> None:
     retriever, inputs, raw = make()
     only = retriever.encode(LORAS[0])
+    assert only is not None
     torch.testing.assert_close(only[:12], retriever.members[0].encode_loras(inputs[:1])[0])
     assert not only[12:].any() and only.norm().item() == pytest.approx(1, abs=1e-5)
     both = retriever.encode(LORAS[0], raw[0])
     torch.testing.assert_close(both, retriever.encode_inputs(inputs)[0], atol=1e-5, rtol=1e-4)
-    with pytest.raises(RetrievalError, match="cannot encode this LoRA"):
-        retriever.encode()
+    assert retriever.encode() is None
+    with pytest.raises(RetrievalError, match="none of the inputs that they need"):
+        retriever.encode_inputs(LoRAInputs(responses=torch.zeros(2, 1, 3)))
+    with pytest.raises(RetrievalError, match="weights, its portrait, or both"):
+        retriever.encode_inputs(LoRAInputs())
 
 
-def test_a_lora_for_other_layers_is_refused() -> None:
+def test_a_lora_for_other_layers_has_no_vector() -> None:
     retriever, _, _ = make()
     pair = (torch.ones(1, 3), torch.ones(3, 1))
     from autolora.adapters import LoRA
 
-    with pytest.raises(RetrievalError, match="cannot encode this LoRA"):
-        retriever.encode(LoRA.from_factors("x", {"blocks.7.ff_a.0": pair}))
+    assert retriever.encode(LoRA.from_factors("x", {"blocks.7.ff_a.0": pair})) is None
 
 
 def test_a_file_keeps_everything(tmp_path: Path) -> None:

@@ -1,17 +1,34 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from autolora.errors import ConfigError
 from autolora.retrieval.retriever import Retriever
-from tests.retrieval.synthetic import WordVectors, concept_names, write_pool, write_portraits
+from tests.retrieval.synthetic import (
+    WordVectors,
+    concept_names,
+    read_activations,
+    write_pool,
+    write_portraits,
+)
 from train.retrieval.config import RetrieverTrainConfig, load_config
 from train.retrieval.data import load_data, split_concepts
 from train.retriever import main, train
 
 NAMES = concept_names(80)
+TEXT_LAYER = "blocks.0.attn.b_to_qkv"
+
+
+def activate(base_model: str, texts: Sequence[str], layers: Sequence[str]) -> dict[str, Tensor]:
+    """The activations that the synthetic LoRAs' text-side layer reads."""
+    assert base_model == "tiny" and list(layers) == [TEXT_LAYER]
+    return {TEXT_LAYER: read_activations(TEXT_LAYER, WordVectors().encode(list(texts)))}
+
+
 SMALL = {
     "steps": 40,
     "batch": 32,
@@ -47,12 +64,13 @@ def config(world: Path, **changes: object) -> RetrieverTrainConfig:
 
 def test_it_learns_what_carries_over_to_unseen_loras(world: Path) -> None:
     lines: list[str] = []
-    result = train(config(world), WordVectors(), lines.append)
+    result = train(config(world), WordVectors(), lines.append, activate)
     assert json.loads(lines[-1]) == result
     unseen = {name: parts["never seen"] for name, parts in result["numbers"].items()}
     ours, chance = unseen["ours, joined"], unseen["chance"]
     assert ours["recall"]["1"] > 4 * chance["recall"]["1"]
     assert ours["mrr"] > unseen["paper's encoder"]["mrr"]
+    assert unseen["ours, responses"]["recall"]["1"] > 4 * chance["recall"]["1"]
     assert unseen["metadata text alone"]["recall"]["1"] == 1.0
     retriever = Retriever.load(result["out"])
     assert retriever.calibrated and retriever.spec.text_encoder == WordVectors.name
@@ -63,10 +81,10 @@ def test_it_learns_what_carries_over_to_unseen_loras(world: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_file(world: Path) -> None:
-    settings = config(world, families=("weights",), paper_steps=0, steps=20)
+    settings = config(world, families=("weights", "responses"), paper_steps=0, steps=20)
     hashes = []
     for _ in range(2):
-        train(settings, WordVectors(), lambda line: None)
+        train(settings, WordVectors(), lambda line: None, activate)
         hashes.append(Retriever.load(settings.out).sha256)
     assert hashes[0] == hashes[1]
 

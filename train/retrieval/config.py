@@ -11,7 +11,7 @@ import yaml
 
 from autolora.errors import ConfigError
 
-FAMILIES = ("portraits", "weights", "both")
+FAMILIES = ("portraits", "weights", "both", "responses")
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,12 @@ class RetrieverTrainConfig:
         pool: Folder of LoRAs with ``<stem>.captions.json`` beside them.
         out: Where the trained retriever is written.
         portraits: Features cache, LoRA name to ``[settings, noises, C, h, w]``; none without it.
-        base_model: Name of the base model, kept as provenance.
-        families: Which inputs are tried: some of ``portraits``, ``weights``, ``both``.
+        base_model: Name of the base model's configuration; kept as provenance, and used to take
+            the activations of captions for ``responses``.
+        families: Which inputs are tried: some of ``portraits``, ``weights``, ``both`` (of these
+            two) and ``responses``.
+        response_layers: Text-side layers whose responses are looked at.
+        response_directions: Principal directions of their activations.
         test_share: Share of concepts that training never sees.
         validation_share: Share of the remaining concepts for early stopping and calibration.
         split_seed: Changes the split by hash.
@@ -57,6 +61,8 @@ class RetrieverTrainConfig:
     portraits: str = ""
     base_model: str = "tiny"
     families: tuple[str, ...] = FAMILIES
+    response_layers: tuple[str, ...] = ("blocks.0.attn.b_to_qkv",)
+    response_directions: int = 64
     test_share: float = 0.2
     validation_share: float = 0.15
     split_seed: str = "0"
@@ -98,7 +104,16 @@ class RetrieverTrainConfig:
             )
             if not 0 < value < 1
         ]
-        positive = ("probes", "sketch", "portrait_grid", "dim", "components", "batch", "ensemble")
+        positive = (
+            "response_directions",
+            "probes",
+            "sketch",
+            "portrait_grid",
+            "dim",
+            "components",
+            "batch",
+            "ensemble",
+        )
         problems += [
             f"{name} must be at least 1, not {getattr(self, name)}"
             for name in (*positive, "width", "heads", "evaluate_every", "patience")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,8 +20,10 @@ from autolora.errors import AutoLoRAError, ConfigError
 from autolora.flux.layers import layer_sort_key
 from autolora.retrieval.features import LoRAInputs
 from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
+from autolora.retrieval.responses import fit_queries, response_features
 from autolora.retrieval.text import TextEncoder
 from autolora.retrieval.tokens import TokenSpec, WeightTokens, fit_probes, weight_tokens
+from train.retrieval.activations import text_activations
 from train.retrieval.config import RetrieverTrainConfig
 
 
@@ -34,6 +36,7 @@ class PoolData:
         metadata: Their metadata.
         concepts: ``[n]``, number of the concept of each; copies of a style share one.
         concept_names: Names of the concepts.
+        captions: T captions.
         text: Caption vectors ``[T, D]``.
         owners: ``[T]``, the LoRA of each caption.
         portraits: ``[n, S, K, C, h, w]``, None without a cache.
@@ -45,6 +48,7 @@ class PoolData:
     metadata: list[Metadata]
     concepts: Tensor
     concept_names: list[str]
+    captions: list[str]
     text: Tensor
     owners: Tensor
     portraits: Tensor | None
@@ -121,6 +125,7 @@ def load_data(config: RetrieverTrainConfig, encoder: TextEncoder) -> PoolData:
         metadata,
         torch.tensor([concept_names.index(name) for name in names]),
         concept_names,
+        texts,
         encoder.encode(texts).float(),
         torch.tensor(owners),
         None if portraits is None else torch.stack([portraits[lora.name] for lora in loras]),
@@ -148,6 +153,16 @@ def _fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
+def in_test(concept: str, config: RetrieverTrainConfig) -> bool:
+    """Whether training never sees LoRAs of this concept.
+
+    Args:
+        concept: The shortest caption of its LoRAs, in lower case.
+        config: Share and seed.
+    """
+    return _fraction(f"test/{config.split_seed}/{concept}") < config.test_share
+
+
 def split_concepts(concepts: Tensor, names: Sequence[str], config: RetrieverTrainConfig) -> Split:
     """Divide LoRAs by a hash of their concept's name.
 
@@ -166,7 +181,7 @@ def split_concepts(concepts: Tensor, names: Sequence[str], config: RetrieverTrai
     """
     parts: list[int] = []
     for name in names:
-        if _fraction(f"test/{config.split_seed}/{name}") < config.test_share:
+        if in_test(name, config):
             parts.append(2)
         else:
             inner = _fraction(f"validation/{config.split_seed}/{name}")
@@ -190,51 +205,92 @@ class Features:
         tokens: How weight tokens are made; None without them.
         probes: Fitted queries by layer.
         portrait: Shape of the portraits; None without them.
+        queries: Queries of responses by layer; empty without them.
+        activations: Activations ``[T, in]`` of all captions by layer; NaN for those of LoRAs that
+            may not be looked at.
     """
 
     inputs: LoRAInputs
     tokens: TokenSpec | None
     probes: dict[str, Tensor]
     portrait: PortraitSpec | None
+    queries: dict[str, Tensor] = field(default_factory=dict)
+    activations: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def families(self) -> list[str]:
         """Which inputs there are."""
         found = ["portraits"] if self.inputs.portraits is not None else []
         found += ["weights"] if self.inputs.weights is not None else []
-        return [*found, "both"] if len(found) == 2 else found
+        found += ["both"] if len(found) == 2 else []
+        return [*found, "responses"] if self.inputs.responses is not None else found
 
 
-def make_features(data: PoolData, seen: Tensor, config: RetrieverTrainConfig) -> Features:
+Activate = Callable[[str, Sequence[str], Sequence[str]], dict[str, Tensor]]
+
+
+def make_features(
+    data: PoolData,
+    seen: Tensor,
+    config: RetrieverTrainConfig,
+    activate: Activate = text_activations,
+) -> Features:
     """Make the tokens of all LoRAs; whatever is fitted is fitted to the seen ones.
 
     Args:
         data: The pool.
         seen: Indices of LoRAs that may be looked at.
         config: Sizes.
+        activate: Gives activations of texts; called where ``responses`` are wanted.
 
     Returns:
         The tokens.
+
+    Raises:
+        ConfigError: Only portraits are wanted, and there are none.
     """
     inputs = LoRAInputs()
     portrait: PortraitSpec | None = None
     tokens: TokenSpec | None = None
     probes: dict[str, Tensor] = {}
-    if data.portraits is not None and config.families != ("weights",):
+    if data.portraits is not None and {"portraits", "both"} & set(config.families):
         _, settings, _, channels, height, width = data.portraits.shape
         grid = min(config.portrait_grid, height, width)
         portrait = PortraitSpec(settings, channels, grid)
         inputs.portraits = portrait_tokens(data.portraits, portrait)
-    if config.families != ("portraits",):
+    if {"weights", "both"} & set(config.families):
         known = [data.loras[i] for i in seen.tolist()]
         layers = sorted({layer for lora in known for layer in lora.layers}, key=layer_sort_key)
         tokens = TokenSpec(tuple(layers), config.probes, config.sketch)
         if config.fitted_probes:
             probes = fit_probes(known, tokens)
         inputs.weights = WeightTokens.cat([weight_tokens(x, tokens, probes) for x in data.loras])
-    if inputs.weights is None and inputs.portraits is None:
+    features = Features(inputs, tokens, probes, portrait)
+    if "responses" in config.families:
+        _add_responses(features, data, seen, config, activate)
+    if not features.families:
         raise ConfigError("families asks for portraits, but no portraits file is set.")
-    return Features(inputs, tokens, probes, portrait)
+    return features
+
+
+def _add_responses(
+    features: Features,
+    data: PoolData,
+    seen: Tensor,
+    config: RetrieverTrainConfig,
+    activate: Activate,
+) -> None:
+    rows = torch.nonzero(torch.isin(data.owners, seen))[:, 0]
+    texts = [data.captions[i] for i in rows.tolist()]
+    found = activate(config.base_model, texts, config.response_layers)
+    features.queries = fit_queries(found, config.response_directions)
+    for layer, points in found.items():
+        every = torch.full((len(data.captions), points.shape[1]), torch.nan)
+        every[rows] = points
+        features.activations[layer] = every
+    features.inputs.responses = torch.stack(
+        [response_features(lora, features.queries) for lora in data.loras]
+    )
 
 
 def data_hash(data: PoolData) -> str:

@@ -28,6 +28,7 @@ from autolora.retrieval.features import FlatSpec, LoRAInputs
 from autolora.retrieval.losses import ContrastiveLoss
 from autolora.retrieval.metrics import Metrics, evaluate
 from autolora.retrieval.portraits import portrait_tokens
+from autolora.retrieval.responses import ResponseEncoder
 from autolora.retrieval.retriever import Encoder
 from autolora.retrieval.ridge import RidgeEncoder
 from autolora.retrieval.tokens import TokenSpec
@@ -59,6 +60,8 @@ class Candidate:
 
 def family_inputs(inputs: LoRAInputs, family: str) -> LoRAInputs:
     """The inputs of a family."""
+    if family == "responses":
+        return LoRAInputs(responses=inputs.responses)
     return inputs.only(weights=family != "portraits", portraits=family != "weights")
 
 
@@ -150,6 +153,25 @@ def fit_ridges(
             options.append(Candidate(f"{name} {family}", family, encoder, refit, metrics))
         found.append(max(options, key=lambda option: option.metrics.mrr))
     return found
+
+
+def fit_responses(data: PoolData, features: Features, fit: Tensor, validation: Tensor) -> Candidate:
+    """The response encoder; it looks at captions and centres on LoRAs, and learns no pairs."""
+
+    def refit(rows: Tensor) -> Encoder:
+        captions = captions_of(data, rows)
+        assert features.inputs.responses is not None
+        return ResponseEncoder.fit(
+            data.text[captions],
+            [points[captions] for points in features.activations.values()],
+            list(features.queries.values()),
+            features.inputs.responses[rows],
+        )
+
+    encoder = refit(fit)
+    inputs = family_inputs(features.inputs, "responses")
+    metrics = validate(encoder, data, inputs, validation)
+    return Candidate("responses", "responses", encoder, refit, metrics)
 
 
 class _Towers(nn.Module):

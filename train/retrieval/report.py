@@ -42,6 +42,7 @@ def join(
 ) -> Retriever:
     """Make a retriever of encoders with what their inputs need."""
     uses_weights = any(encoder.uses_weights for encoder in encoders)
+    uses_responses = any(encoder.uses_responses for encoder in encoders)
     uses_portraits = any(encoder.uses_portraits for encoder in encoders)
     banks = {key: rest.pop(key) for key in ("background", "references") if key in rest}
     spec = RetrieverSpec(
@@ -49,9 +50,11 @@ def join(
         portrait=features.portrait if uses_portraits else None,
         text_encoder=text_encoder.name,
         weights=tuple(weights),
+        response_layers=tuple(features.queries) if uses_responses else (),
         **rest,
     )
-    return Retriever(spec, encoders, features.probes if uses_weights else None, **banks)
+    probes = features.probes if uses_weights else None
+    return Retriever(spec, encoders, probes, queries=features.queries, **banks)
 
 
 def choose_members(
