@@ -46,10 +46,11 @@ class GateTrainConfig:
     out: str = "autolora/flux/tiny/weights/gate.safetensors"
     size: int = 128  # side of the pictures in pixels
     text_length: int = 16  # tokens a caption is padded to
-    adapters_min: int = 2  # LoRAs attached at once, at least
+    adapters_min: int = 1  # LoRAs attached at once, at least
     adapters_max: int = 3  # and at most
     recipe_share: float = 0.5  # share of steps whose set is that of a recipe plus others
-    steps: int = 600
+    fullest_share: float = 0.6  # share of samples that show as many of the set as there is
+    steps: int = 300
     batch: int = 16  # samples per step; half of them take part in the second term
     lr: float = 5e-3
     weight_decay: float = 0.0
@@ -136,9 +137,15 @@ class Sampler:
     def draw_batch(self, names: list[str]) -> tuple[list[Item], list[Item]]:
         """Pictures of the set and, for each, one of another LoRA of the set (its rival)."""
         present = [items for key, items in self.by_set.items() if key <= set(names)]
+        # Retrieved adapters are mostly wanted. Were each picture as likely as any other, most of
+        # an attached set would be unwanted, and the gates would learn to be silent in doubt.
+        most = max(len(items[0].loras) for items in present)
+        fullest = [items for items in present if len(items[0].loras) == most]
         batch, rivals = [], []
         for _ in range(self.config.batch):
-            group = present[self._int(len(present))]
+            share = float(torch.rand((), generator=self.generator))
+            groups = fullest if share < self.config.fullest_share else present
+            group = groups[self._int(len(groups))]
             item = group[self._int(len(group))]
             others = [g for g in present if not g[0].loras & item.loras] or [group]
             other = others[self._int(len(others))]

@@ -87,7 +87,7 @@ def build(
     Calibration uses the encoders of the fit part, since the final ones have seen the validation
     part.
     """
-    members = choose_members(candidates, data, features, split.validation, config.ensemble)
+    members = choose_members(candidates, data, features, split, config.ensemble)
     weights = [weight for _, weight in members]
     first = join([c.encoder for c, _ in members], weights, features, text_encoder)
     calibration = calibrate(first, data, features, split, text_encoder)

@@ -61,27 +61,30 @@ def choose_members(
     candidates: Sequence[Candidate],
     data: PoolData,
     features: Features,
-    validation: Tensor,
+    split: Split,
     most: int,
 ) -> list[tuple[Candidate, float]]:
     """Greedy ensemble selection by validation MRR (Caruana et al. 2004), with repetition.
+
+    The LoRAs that the encoders were fitted to stand among the candidates: an encoder that has
+    memorised them puts them before new ones, which shows only there.
 
     Args:
         candidates: Fitted encoders.
         data: The pool.
         features: Its tokens.
-        validation: LoRAs to select on.
+        split: Its parts.
         most: Selections at most.
 
     Returns:
         Members with weights that add up to 1.
     """
-    captions = captions_of(data, validation)
-    positives = same_concept(data, captions, validation)
+    captions = captions_of(data, split.validation)
+    positives = same_concept(data, captions, split.seen)
     with torch.no_grad():
         scores = [
             c.encoder.encode_text(data.text[captions])
-            @ c.encoder.encode_loras(family_inputs(features.inputs, c.family)[validation]).T
+            @ c.encoder.encode_loras(family_inputs(features.inputs, c.family)[split.seen]).T
             for c in candidates
         ]
     counts = [0] * len(candidates)
