@@ -92,8 +92,8 @@ def accuracy(
     return {"subject": subject / n, "style": style / n, "both": both / n, "pictures": n}
 
 
-def evaluate_pictures(scorer: Scorer, share: float) -> dict[str, dict[str, float]]:
-    """All rows about pictures; ``share`` < 1 takes only a part of the cases."""
+def evaluate_pictures(scorer: Scorer, share: float, match: str) -> dict[str, dict[str, float]]:
+    """The rows whose names hold ``match``; ``share`` < 1 takes only a part of the cases."""
     config = load_world_config(ROOT / "configs" / "tiny_world.yaml")
     split = split_world(config)
     styles = STYLES[: config.pool.shipped_styles]
@@ -131,6 +131,8 @@ def evaluate_pictures(scorer: Scorer, share: float) -> dict[str, dict[str, float
         ("subject asked, style attached too, gated", distracted, "gated"),
     )
     for name, cases, strategy in plan:
+        if match not in name:
+            continue
         started = time.monotonic()
         rows[name] = accuracy(scorer, cases, strategy)
         print(f"{name}: {rows[name]} {time.monotonic() - started:.0f} s", file=sys.stderr)
@@ -263,18 +265,25 @@ def main() -> None:
     """Parses the command line and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
+    parser.add_argument("--match", default="", help="only rows about pictures that hold this text")
+    parser.add_argument("--gate", type=Path, help="gates to use in place of the shipped ones")
     parser.add_argument("--sheet", type=Path, help="also write the contact sheet here")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     with quiet():
         config = load_config("tiny")
         pipe = load_pipeline(config)
-    gates = load_gates(config.gate or ROOT / "autolora/flux/tiny/weights/gate.safetensors")
+    shipped = ROOT / "autolora/flux/tiny/weights/gate.safetensors"
+    gates = load_gates(args.gate or config.gate or shipped)
     scorer = Scorer(pipe, Pool(ROOT / "lora_pool" / "tiny"), load_probe(), gates)
     retriever = read_config(ROOT / "configs" / "train" / "retriever.yaml")
     if args.sheet:
         contact_sheet(scorer, args.sheet)
-    rows = evaluate_pictures(scorer, 0.1 if args.quick else 1.0)
+    rows = evaluate_pictures(scorer, 0.1 if args.quick else 1.0, args.match)
+    if args.match:
+        print_table(rows, {})
+        print(json.dumps({"rows": rows}))
+        return
     other = {
         "retrieval": evaluate_retrieval(scorer.pool, retriever),
         "float8 storage against bfloat16": storage_psnr(scorer, config),

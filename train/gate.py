@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,9 @@ class GateTrainer:
         result = {"held_out_loss_sum": plain, "held_out_loss_gated": trained}
         if self.accelerator.is_main_process:
             notes = {k: f"{v:.5f}" for k, v in result.items()}
-            notes["config"] = json.dumps(config.__dict__)
+            # Where files lay on this machine is nobody's business.
+            kept = {k: v for k, v in asdict(config).items() if k not in ("pool", "out")}
+            notes["config"] = json.dumps(kept)
             save_gates(self.bank, config.out, notes)
         return {**result, "seconds": time.monotonic() - started}
 
