@@ -226,7 +226,7 @@ def contact_sheet(scorer: Scorer, path: Path) -> None:
         ("rocket", "watercolor", "orange"),
         ("teapot", "blueprint", "teal"),
         ("dragon", "pixel-art", "green"),
-        ("sunflower", "woodcut", "yellow"),
+        ("mushroom", "sepia", "yellow"),
         ("tyrannosaurus", "stained-glass", "purple"),
     )
     rows = []
