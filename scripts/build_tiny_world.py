@@ -10,6 +10,8 @@ into the package and ``lora_pool/tiny``; the larger pool stays in the work folde
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -34,7 +36,7 @@ from train.tiny_world.probes import train_probes
 from train.tiny_world.subjects import all_subjects
 from train.tiny_world.world import Split, WorldConfig, load_world_config, split_world
 
-STAGES = ("autoencoder", "base", "loras", "export", "probes", "large", "portraits")
+STAGES = ("autoencoder", "base", "loras", "polish", "export", "probes", "large", "portraits")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -110,6 +112,27 @@ class Builder:
     def loras(self) -> None:
         """Trains the pool that ships."""
         self._train_pool("shipped")
+
+    def polish(self) -> None:
+        """Trains again, one by one and longer, what the config lists as worth it."""
+        _, modules = load_tiny(self.model_file)
+        jobs = shipped_jobs(self.split, self.config.pool)
+        chosen = [j for j in jobs if j.name in self.config.polished]
+        folder = self.work / "polished"
+        alone = dataclasses.replace(self.config.pool, group=1)
+        train_jobs(
+            chosen,
+            modules["dit"],
+            modules["encoder"].eval(),
+            shared_minilm(),
+            self.split,
+            alone,
+            self.config.polish_lora,
+            folder,
+            self.config.seed,
+        )
+        for job in chosen:
+            shutil.copy(folder / f"{job.name}.safetensors", self.pools["shipped"])
 
     def large(self) -> None:
         """Trains the larger pool and writes its covers, captions and recipes."""

@@ -37,6 +37,7 @@ class WorldConfig:
 
     base_subjects: int = 150
     shipped_subjects: tuple[str, ...] = ()
+    polished: tuple[str, ...] = ()  # shipped LoRAs (file stems) that are trained again, longer
     views: int = 48  # pictures of each base subject
     seed: int = 0
     model: TinyFluxConfig = field(default_factory=TinyFluxConfig)
@@ -45,6 +46,7 @@ class WorldConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     shipped_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
     large_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
+    polish_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
 
 
 def load_world_config(path: Path) -> WorldConfig:
