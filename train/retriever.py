@@ -35,7 +35,7 @@ from train.retrieval.data import (
     make_features,
     split_concepts,
 )
-from train.retrieval.fit import Candidate, fit_paper, fit_responses, fit_ridges, fit_transformer
+from train.retrieval.fit import Candidate, fit_paper, fit_ridges, fit_transformer
 from train.retrieval.report import (
     Evaluation,
     banks,
@@ -44,6 +44,7 @@ from train.retrieval.report import (
     join,
     provenance,
 )
+from train.retrieval.responses import fit_responses
 
 Say = Callable[[str], None]
 
@@ -62,7 +63,7 @@ def fit_candidates(
         if family not in features.families or family not in config.families:
             continue
         if family == "responses":
-            found.append(fit_responses(data, features, split.fit, split.validation))
+            found += fit_responses(data, features, split.fit, split.validation, config)
             continue
         found += fit_ridges(family, data, features, split.fit, split.validation, config)
         if config.steps:
@@ -122,8 +123,9 @@ def measure(
     evaluation.add_retriever("ours, joined", retriever)
     for family in FAMILIES:
         own = [candidate for candidate in candidates if candidate.family == family]
-        if own:
-            best = max(own, key=lambda candidate: candidate.metrics.mrr)
+        if family != "responses":
+            own = sorted(own, key=lambda candidate: candidate.metrics.mrr)[-1:]
+        for best in own:
             single = join([best.refit(split.seen)], [1.0], features, text_encoder)
             evaluation.add_retriever(f"ours, {best.name}", single)
     if config.paper_steps:
@@ -164,7 +166,7 @@ def train(
     )
     for name, reason in list(data.skipped.items())[:5]:
         tell(f"left out {name}: {reason}")
-    features = make_features(data, split.seen, config, activate)
+    features = make_features(data, split.seen, config, text_encoder, activate)
     candidates = fit_candidates(data, features, split, config, accelerator, tell)
     if not candidates:
         raise ConfigError(f"None of {list(config.families)} can be fitted without portraits.")

@@ -87,7 +87,7 @@ def fit_calibration(
 
     Args:
         scores: ``[q, n, 2]``.
-        positives: ``[q, n]``.
+        positives: ``[q, n]``; a query may have none, which says that nothing fits it.
         ignored: ``[q, n]``, pairs that are neither.
 
     Returns:
@@ -118,10 +118,11 @@ def fit_calibration(
 def _best_threshold(probability: Tensor, positives: Tensor) -> float:
     best, where = probability.max(1)
     right = positives.gather(1, where[:, None])[:, 0]
+    asked = positives.any(1)
     without = probability.masked_fill(positives, 0.0).amax(1)
     candidates = torch.cat([best, without]).unique()
     value = [
-        float(((best >= t) & right).double().mean() + (without < t).double().mean())
+        float(((best >= t) & right)[asked].double().mean() + (without < t).double().mean())
         for t in candidates
     ]
     return float(candidates[int(torch.tensor(value).argmax())])

@@ -25,12 +25,12 @@ class LoRAInputs:
     Attributes:
         weights: Weight tokens.
         portraits: Portrait tokens.
-        responses: Response features ``[n, layers, v]``, NaN where a LoRA lacks a layer.
+        reads: Read factors of text-side layers ``[n, layers, r, in]``.
     """
 
     weights: WeightTokens | None = None
     portraits: PortraitTokens | None = None
-    responses: Tensor | None = None
+    reads: Tensor | None = None
 
     def __len__(self) -> int:
         """Count the LoRAs.
@@ -38,7 +38,7 @@ class LoRAInputs:
         Raises:
             RetrievalError: All parts are absent, or they are of different LoRAs.
         """
-        parts = (self.weights, self.portraits, self.responses)
+        parts = (self.weights, self.portraits, self.reads)
         sizes = {len(part) for part in parts if part is not None}
         if len(sizes) != 1:
             raise RetrievalError(
@@ -51,7 +51,7 @@ class LoRAInputs:
         return LoRAInputs(
             None if self.weights is None else self.weights[rows],
             None if self.portraits is None else self.portraits[rows],
-            None if self.responses is None else self.responses[rows],
+            None if self.reads is None else self.reads[rows],
         )
 
     def only(self, *, weights: bool, portraits: bool) -> LoRAInputs:

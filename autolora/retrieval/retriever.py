@@ -28,7 +28,7 @@ from autolora.retrieval.calibration import Calibration
 from autolora.retrieval.encoder import EncoderConfig, LoRAEncoder
 from autolora.retrieval.features import LoRAInputs
 from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
-from autolora.retrieval.responses import ResponseEncoder, response_features
+from autolora.retrieval.responses import ResponseEncoder, read_factors
 from autolora.retrieval.ridge import RidgeEncoder
 from autolora.retrieval.tokens import TokenSpec, weight_tokens
 
@@ -70,7 +70,6 @@ class Retriever(nn.Module):
         spec: What the tensors mean.
         encoders: One or more trained encoders.
         probes: Fitted queries ``[P, in]`` of weight tokens by layer.
-        queries: Queries ``[m, in]`` of responses by layer.
         background: Text vectors ``[b, D]`` that the calibration compares with.
         references: LoRA vectors ``[m, D]`` that the calibration compares with.
     """
@@ -85,7 +84,6 @@ class Retriever(nn.Module):
         probes: dict[str, Tensor] | None = None,
         background: Tensor | None = None,
         references: Tensor | None = None,
-        queries: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not encoders or len(encoders) != len(spec.weights):
@@ -93,7 +91,6 @@ class Retriever(nn.Module):
         self.spec = spec
         self.encoders = nn.ModuleList(encoders)
         self.probes = dict(probes or {})
-        self.queries = {layer: (queries or {})[layer] for layer in spec.response_layers}
         self.path: Path | None = None
         empty = torch.zeros(0, self.dim)
         self.register_buffer("background", empty if background is None else background)
@@ -149,9 +146,9 @@ class Retriever(nn.Module):
             RetrievalError: They do not fit what the retriever was trained on.
         """
         found = LoRAInputs()
-        if lora is not None and self.queries:
-            responses = response_features(lora, self.queries)[None]
-            found.responses = None if bool(responses.isnan().all()) else responses
+        if lora is not None and self.spec.response_layers:
+            reads = read_factors(lora, self.spec.response_layers)[None]
+            found.reads = reads if bool(reads.any()) else None
         if lora is not None and self.spec.tokens is not None:
             found.weights = weight_tokens(lora, self.spec.tokens, self.probes)
             if not bool(found.weights.mask.any()):
@@ -234,7 +231,6 @@ class Retriever(nn.Module):
         target.parent.mkdir(parents=True, exist_ok=True)
         tensors = dict(self.state_dict())
         tensors |= {f"probes.{layer}": probe for layer, probe in self.probes.items()}
-        tensors |= {f"queries.{layer}": query for layer, query in self.queries.items()}
         tensors = {name: _stored(value) for name, value in tensors.items()}
         handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
         os.close(handle)
@@ -298,7 +294,7 @@ def _stored(tensor: Tensor) -> Tensor:
 
 def _can_encode(member: Encoder, inputs: LoRAInputs) -> bool:
     if member.uses_responses:
-        return inputs.responses is not None
+        return inputs.reads is not None
     weights = member.uses_weights and inputs.weights is not None
     portraits = member.uses_portraits and inputs.portraits is not None
     if isinstance(member, LoRAEncoder):
@@ -324,9 +320,8 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> Retriever:
         **config,
     )
     encoders = [_member(entry, tokens) for entry in members]
-    probes, queries = (_take(tensors, prefix) for prefix in ("probes.", "queries."))
-    banks = tensors["background"], tensors["references"]
-    retriever = Retriever(spec, encoders, probes, *banks, queries)
+    probes = _take(tensors, "probes.")
+    retriever = Retriever(spec, encoders, probes, tensors["background"], tensors["references"])
     retriever.load_state_dict(tensors, strict=True)
     return retriever
 

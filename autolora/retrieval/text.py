@@ -73,6 +73,23 @@ class MiniLMText:
         found = [self._cache[text] for text in texts]
         return torch.stack(found) if found else torch.zeros(0, self.dim)
 
+    def words(self, count: int, skip: int = 300) -> list[str]:
+        """Common English words, from the tokenizer's own vocabulary.
+
+        Args:
+            count: How many.
+            skip: How many of the very first to leave out, which are mostly function words.
+
+        Returns:
+            Lower-case words of three letters and more, the commonest first.
+        """
+        from autolora.flux.tiny.text import shared_minilm
+
+        vocabulary: dict[str, int] = shared_minilm().tokenizer.get_vocab()
+        ordered = sorted(vocabulary, key=vocabulary.__getitem__)
+        whole = [word for word in ordered if word.isascii() and word.isalpha() and len(word) > 2]
+        return whole[skip : skip + count]
+
 
 def check_text_encoder(wanted: str, encoder: TextEncoder) -> None:
     """Make sure that a text encoder is the one that something was made with.

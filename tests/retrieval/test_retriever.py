@@ -69,7 +69,7 @@ def test_an_absent_input_leaves_the_other_encoders() -> None:
     torch.testing.assert_close(both, retriever.encode_inputs(inputs)[0], atol=1e-5, rtol=1e-4)
     assert retriever.encode() is None
     with pytest.raises(RetrievalError, match="none of the inputs that they need"):
-        retriever.encode_inputs(LoRAInputs(responses=torch.zeros(2, 1, 3)))
+        retriever.encode_inputs(LoRAInputs(reads=torch.zeros(2, 1, 3, 16)))
     with pytest.raises(RetrievalError, match="weights, its portrait, or both"):
         retriever.encode_inputs(LoRAInputs())
 

@@ -41,6 +41,8 @@ SMALL = {
     "portrait_grid": 4,
     "dim": 24,
     "ridges": (0.1, 1.0),
+    "response_steps": 30,
+    "response_directions": 16,
 }
 
 

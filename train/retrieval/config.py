@@ -28,6 +28,11 @@ class RetrieverTrainConfig:
             two) and ``responses``.
         response_layers: Text-side layers whose responses are looked at.
         response_directions: Principal directions of their activations.
+        response_steps: Contrastive steps after the closed form.
+        response_lr: Learning rate of the text map, relative to the size of its entries.
+        response_query_lr: Learning rate of the queries, likewise.
+        response_temperature: Initial temperature.
+        vocabulary: Common words whose activations are learned from, beside the captions.
         test_share: Share of concepts that training never sees.
         validation_share: Share of the remaining concepts for early stopping and calibration.
         split_seed: Changes the split by hash.
@@ -63,6 +68,11 @@ class RetrieverTrainConfig:
     families: tuple[str, ...] = FAMILIES
     response_layers: tuple[str, ...] = ("blocks.0.attn.b_to_qkv",)
     response_directions: int = 64
+    response_steps: int = 200
+    response_lr: float = 0.02
+    response_query_lr: float = 0.05
+    response_temperature: float = 0.1
+    vocabulary: int = 3000
     test_share: float = 0.2
     validation_share: float = 0.15
     split_seed: str = "0"

@@ -18,9 +18,10 @@ from torch import Tensor
 from autolora.adapters import LoRA, Metadata, Pool
 from autolora.errors import AutoLoRAError, ConfigError
 from autolora.flux.layers import layer_sort_key
+from autolora.retrieval.concepts import stem, stems
 from autolora.retrieval.features import LoRAInputs
 from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
-from autolora.retrieval.responses import fit_queries, response_features
+from autolora.retrieval.responses import read_factors, stack_reads
 from autolora.retrieval.text import TextEncoder
 from autolora.retrieval.tokens import TokenSpec, WeightTokens, fit_probes, weight_tokens
 from train.retrieval.activations import text_activations
@@ -205,17 +206,21 @@ class Features:
         tokens: How weight tokens are made; None without them.
         probes: Fitted queries by layer.
         portrait: Shape of the portraits; None without them.
-        queries: Queries of responses by layer; empty without them.
-        activations: Activations ``[T, in]`` of all captions by layer; NaN for those of LoRAs that
-            may not be looked at.
+        response_layers: Text-side layers whose read factors are in the inputs.
+        activations: Activations ``[texts, in]`` of `texts` by layer.
+        texts: Vectors ``[texts, D]`` of common words and of captions of LoRAs that may be looked
+            at.
+        words: Vectors ``[words, D]`` of common words that no seen LoRA is named by.
     """
 
     inputs: LoRAInputs
     tokens: TokenSpec | None
     probes: dict[str, Tensor]
     portrait: PortraitSpec | None
-    queries: dict[str, Tensor] = field(default_factory=dict)
+    response_layers: tuple[str, ...] = ()
     activations: dict[str, Tensor] = field(default_factory=dict)
+    texts: Tensor | None = None
+    words: Tensor | None = None
 
     @property
     def families(self) -> list[str]:
@@ -223,7 +228,7 @@ class Features:
         found = ["portraits"] if self.inputs.portraits is not None else []
         found += ["weights"] if self.inputs.weights is not None else []
         found += ["both"] if len(found) == 2 else []
-        return [*found, "responses"] if self.inputs.responses is not None else found
+        return [*found, "responses"] if self.inputs.reads is not None else found
 
 
 Activate = Callable[[str, Sequence[str], Sequence[str]], dict[str, Tensor]]
@@ -233,6 +238,7 @@ def make_features(
     data: PoolData,
     seen: Tensor,
     config: RetrieverTrainConfig,
+    encoder: TextEncoder,
     activate: Activate = text_activations,
 ) -> Features:
     """Make the tokens of all LoRAs; whatever is fitted is fitted to the seen ones.
@@ -241,6 +247,7 @@ def make_features(
         data: The pool.
         seen: Indices of LoRAs that may be looked at.
         config: Sizes.
+        encoder: Encodes common words.
         activate: Gives activations of texts; called where ``responses`` are wanted.
 
     Returns:
@@ -267,7 +274,7 @@ def make_features(
         inputs.weights = WeightTokens.cat([weight_tokens(x, tokens, probes) for x in data.loras])
     features = Features(inputs, tokens, probes, portrait)
     if "responses" in config.families:
-        _add_responses(features, data, seen, config, activate)
+        _add_responses(features, data, seen, config, encoder, activate)
     if not features.families:
         raise ConfigError("families asks for portraits, but no portraits file is set.")
     return features
@@ -278,19 +285,26 @@ def _add_responses(
     data: PoolData,
     seen: Tensor,
     config: RetrieverTrainConfig,
+    encoder: TextEncoder,
     activate: Activate,
 ) -> None:
-    rows = torch.nonzero(torch.isin(data.owners, seen))[:, 0]
-    texts = [data.captions[i] for i in rows.tolist()]
-    found = activate(config.base_model, texts, config.response_layers)
-    features.queries = fit_queries(found, config.response_directions)
-    for layer, points in found.items():
-        every = torch.full((len(data.captions), points.shape[1]), torch.nan)
-        every[rows] = points
-        features.activations[layer] = every
-    features.inputs.responses = torch.stack(
-        [response_features(lora, features.queries) for lora in data.loras]
-    )
+    """Read factors of all LoRAs; activations of words and of one in two captions."""
+    rows = torch.nonzero(torch.isin(data.owners, seen))[::2, 0].tolist()
+    words = encoder.words(config.vocabulary) if hasattr(encoder, "words") else []
+    # One in four as a caption says it, so that the map knows words in their usual company.
+    said = [f"a picture of a {word}" if i % 4 == 3 else word for i, word in enumerate(words)]
+    texts = list(dict.fromkeys(said + [data.captions[i] for i in rows]))
+    features.response_layers = config.response_layers
+    features.activations = activate(config.base_model, texts, config.response_layers)
+    features.texts = encoder.encode(texts)
+    # A word that names what some LoRA draws is no example of a text that nothing fits.
+    named = {
+        word for i in set(data.concepts[seen].tolist()) for word in stems(data.concept_names[i])
+    }
+    others = [word for word in words if stem(word) not in named]
+    features.words = encoder.encode(others) if others else None
+    reads = stack_reads([read_factors(lora, config.response_layers) for lora in data.loras])
+    features.inputs.reads = reads
 
 
 def data_hash(data: PoolData) -> str:

@@ -28,7 +28,6 @@ from autolora.retrieval.features import FlatSpec, LoRAInputs
 from autolora.retrieval.losses import ContrastiveLoss
 from autolora.retrieval.metrics import Metrics, evaluate
 from autolora.retrieval.portraits import portrait_tokens
-from autolora.retrieval.responses import ResponseEncoder
 from autolora.retrieval.retriever import Encoder
 from autolora.retrieval.ridge import RidgeEncoder
 from autolora.retrieval.tokens import TokenSpec
@@ -61,7 +60,7 @@ class Candidate:
 def family_inputs(inputs: LoRAInputs, family: str) -> LoRAInputs:
     """The inputs of a family."""
     if family == "responses":
-        return LoRAInputs(responses=inputs.responses)
+        return LoRAInputs(reads=inputs.reads)
     return inputs.only(weights=family != "portraits", portraits=family != "weights")
 
 
@@ -155,25 +154,6 @@ def fit_ridges(
     return found
 
 
-def fit_responses(data: PoolData, features: Features, fit: Tensor, validation: Tensor) -> Candidate:
-    """The response encoder; it looks at captions and centres on LoRAs, and learns no pairs."""
-
-    def refit(rows: Tensor) -> Encoder:
-        captions = captions_of(data, rows)
-        assert features.inputs.responses is not None
-        return ResponseEncoder.fit(
-            data.text[captions],
-            [points[captions] for points in features.activations.values()],
-            list(features.queries.values()),
-            features.inputs.responses[rows],
-        )
-
-    encoder = refit(fit)
-    inputs = family_inputs(features.inputs, "responses")
-    metrics = validate(encoder, data, inputs, validation)
-    return Candidate("responses", "responses", encoder, refit, metrics)
-
-
 class _Towers(nn.Module):
     """Encoder and loss in one module, so that one forward pass is what processes synchronise."""
 
@@ -186,6 +166,12 @@ class _Towers(nn.Module):
         lora, head = self.encoder(inputs), self.encoder.encode_text(text)
         loss: Tensor = self.loss(head, lora, ids, ids, concepts, concepts)
         return loss
+
+
+def pick_captions(data: PoolData, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Position of a random caption of each LoRA."""
+    noise = torch.rand(len(rows), len(data.owners), generator=generator)
+    return noise.masked_fill(data.owners[None, :] != rows[:, None], -1).argmax(1)
 
 
 def _batch(
@@ -203,9 +189,7 @@ def _batch(
         count = data.portraits.shape[2]
         some = torch.randperm(count, generator=g)[: max(1, (count + 1) // 2)]
         inputs.portraits = portrait_tokens(data.portraits[pick], features.portrait, some)
-    noise = torch.rand(len(pick), len(data.owners), generator=g)
-    noise = noise.masked_fill(data.owners[None, :] != pick[:, None], -1)
-    return inputs, data.text[noise.argmax(1)], pick, data.concepts[pick]
+    return inputs, data.text[pick_captions(data, pick, g)], pick, data.concepts[pick]
 
 
 def train_encoder(

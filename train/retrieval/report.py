@@ -50,11 +50,11 @@ def join(
         portrait=features.portrait if uses_portraits else None,
         text_encoder=text_encoder.name,
         weights=tuple(weights),
-        response_layers=tuple(features.queries) if uses_responses else (),
+        response_layers=features.response_layers if uses_responses else (),
         **rest,
     )
     probes = features.probes if uses_weights else None
-    return Retriever(spec, encoders, probes, queries=features.queries, **banks)
+    return Retriever(spec, encoders, probes, **banks)
 
 
 def choose_members(
@@ -109,32 +109,45 @@ def choose_members(
 def banks(
     retriever: Retriever, data: PoolData, features: Features, rows: Tensor, text: TextEncoder
 ) -> tuple[Tensor, Tensor]:
-    """Background texts and reference LoRAs of some LoRAs, evenly taken.
+    """Background texts and reference LoRAs, evenly taken.
+
+    Half of the texts are common words where there are any: prompts are compared by single words.
 
     Returns:
         Text vectors ``[b, D]`` and LoRA vectors ``[m, D]``.
     """
     captions = captions_of(data, rows)
-    captions = captions[torch.linspace(0, len(captions) - 1, min(BANK, len(captions))).long()]
-    rows = rows[torch.linspace(0, len(rows) - 1, min(BANK, len(rows))).long()]
-    vectors = torch.cat([data.text[captions], text.encode(list(UNRELATED))])
+    words = data.text[:0] if features.words is None else _evenly(features.words, BANK // 2)
+    vectors = [_evenly(data.text[captions], BANK - len(words)), words]
+    vectors = torch.cat([*vectors, text.encode(list(UNRELATED))])
+    rows = _evenly(rows, BANK)
     return retriever.encode_text(vectors), retriever.encode_inputs(features.inputs[rows])
+
+
+def _evenly(rows: Tensor, count: int) -> Tensor:
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
 
 @torch.no_grad()
 def calibrate(
     retriever: Retriever, data: PoolData, features: Features, split: Split, text: TextEncoder
 ) -> Calibration:
-    """Fit the calibration on the validation part, which this retriever was not fitted to."""
+    """Fit the calibration on the validation part, which this retriever was not fitted to.
+
+    Its captions are asked for among all LoRAs but the test part; common words are asked for as
+    texts that nothing fits.
+    """
     background, references = banks(retriever, data, features, split.fit, text)
     captions = captions_of(data, split.validation)
-    scores = standard_scores(
-        retriever.encode_text(data.text[captions]),
-        retriever.encode_inputs(features.inputs[split.validation]),
-        background,
-        references,
-    )
-    return fit_calibration(scores, same_concept(data, captions, split.validation))
+    queries = data.text[captions]
+    positives = same_concept(data, captions, split.seen)
+    if features.words is not None:
+        words = _evenly(features.words[1:], len(queries))
+        queries = torch.cat([queries, words])
+        positives = torch.cat([positives, positives.new_zeros(len(words), positives.shape[1])])
+    loras = retriever.encode_inputs(features.inputs[split.seen])
+    scores = standard_scores(retriever.encode_text(queries), loras, background, references)
+    return fit_calibration(scores, positives)
 
 
 @dataclass(frozen=True)
