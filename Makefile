@@ -1,4 +1,4 @@
-# make setup | demo PROMPT="…" | test | lint | clean
+# make setup | demo PROMPT="…" | test | lint | docs | clean
 # Everything is installed into .venv; PYTHON chooses the interpreter (3.10 or newer) that makes it.
 
 PYTHON ?= python3
@@ -11,13 +11,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.autolora-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint docs clean
 
 help:
 	@echo 'make setup               install everything into $(VENV)'
 	@echo 'make demo PROMPT="..."   draw a picture with the embedded model, into $(OUTPUTS)/'
 	@echo 'make test                lint, type check and test'
 	@echo 'make lint                only lint and type check'
+	@echo 'make docs                build the documentation into build/site'
 	@echo 'make clean               remove caches, builds and the search index'
 
 setup: $(STAMP)
@@ -27,7 +28,7 @@ $(STAMP): pyproject.toml
 		{ echo "AutoLoRA needs Python 3.10 or newer; choose one with PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): several GB the first time, a few minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[text,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[text,console,dev]"
 	touch $@
 
 demo: setup
@@ -45,6 +46,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy autolora
 	$(BIN)/lint-imports --no-logo
+
+docs: setup
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf build dist index *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autolora.adapters.deltas import LayerDelta, LowRank
+    from autolora.adapters.changes import LowRank
+    from autolora.adapters.deltas import LayerDelta
     from autolora.adapters.formats import FORMATS, Format
     from autolora.adapters.lora import LoRA
     from autolora.adapters.metadata import Metadata
-    from autolora.adapters.pool import Pool, PoolEntry, Problem
+    from autolora.adapters.pool import Pool
     from autolora.adapters.report import LoadReport
+    from autolora.adapters.scan import PoolEntry, Problem
     from autolora.adapters.writer import save_lora
 
 __all__ = [
@@ -35,11 +37,11 @@ _HOME = {
     "LayerDelta": "deltas",
     "LoRA": "lora",
     "LoadReport": "report",
-    "LowRank": "deltas",
+    "LowRank": "changes",
     "Metadata": "metadata",
     "Pool": "pool",
-    "PoolEntry": "pool",
-    "Problem": "pool",
+    "PoolEntry": "scan",
+    "Problem": "scan",
     "save_lora": "writer",
 }
 

@@ -1,141 +1,244 @@
-"""What an adapter adds to the weight of one linear layer.
+"""Weight changes of one layer: pieces on its output rows, joined exactly.
 
-Shapes: ``r`` is the rank of one piece, ``R`` the joined rank of a layer, ``in`` and ``out`` the
-layer's features. A weight change is ``delta W = scale * B @ A`` with ``A [r, in]``, ``B [out, r]``
-(LoRA, https://arxiv.org/abs/2106.09685, section 4.1), where ``scale`` is ``alpha / r``.
+Shapes: ``r`` is the rank of one piece, ``R`` the joined rank of a layer, ``out`` and ``in`` the
+layer's features. A piece is a change of some output rows (`autolora.adapters.changes`), and with
+DoRA (https://arxiv.org/abs/2402.09353, equation 5) also their length:
+``W' = magnitude * (W + change) / norm(W + change)``, of which the delta is ``W' - W``.
+
+Programs disagree on what the norm is taken over, and the shape of the magnitudes tells:
+
+- PEFT and ai-toolkit store ``[m]`` and LyCORIS' and OneTrainer's "output axis" ``[m, 1]``: one
+  length per output row, over the inputs.
+- LyCORIS and OneTrainer by default store ``[1, n]``: one length per input column, over the outputs.
+
+All of them take the norm of the changed weight. (ComfyUI, for ``[m, 1]``, takes that of the base
+weight, which is not what was trained.)
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from autolora.adapters.changes import ROW_BLOCK, Change, LowRank
 from autolora.errors import LoRAFormatError, shown
 
-# Rows of delta W that are computed at once in float64: bounds the extra memory, not the result.
-_ROW_BLOCK = 2048
+# A relative error up to which joined factors count as exact: that of rounding to float32.
+EXACT = 1e-6
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """One low-rank piece of a layer's weight change, on all or some of its output rows.
+class Magnitude:
+    """Lengths of the rows, or columns, of a changed weight (DoRA).
 
     Attributes:
-        A: Down projection ``[r, in]``, in the dtype of its file.
-        B: Up projection ``[m, r]``, in the dtype of its file.
-        scale: Factor on ``B @ A``, ``alpha / r``.
-        rows: The layer's output rows that B's rows stand for, in B's order; they hold ``m`` in all.
+        values: ``[m]`` or ``[n]``, in the dtype of the file.
+        axis: Whether there is one per output row or per input column.
     """
 
-    A: Tensor
-    B: Tensor
-    scale: float
+    values: Tensor
+    axis: Literal["rows", "columns"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A change of all or some of a layer's output rows.
+
+    Attributes:
+        change: The change, of shape ``(m, in)``.
+        rows: The layer's output rows that the change's rows stand for, in the change's order;
+            they hold ``m`` in all.
+        magnitude: DoRA's lengths of the changed weight, if any.
+    """
+
+    change: Change
     rows: tuple[slice, ...]
+    magnitude: Magnitude | None = None
 
     @property
-    def rank(self) -> int:
-        """Rank ``r`` of this piece."""
-        return int(self.A.shape[0])
+    def algorithm(self) -> str:
+        """Its name among users: LoRA, LoKr, LoHa, full, or DoRA on top of one."""
+        return self.change.algorithm if self.magnitude is None else "DoRA"
 
-    def scaled_rows(self) -> list[tuple[slice, Tensor]]:
-        """B with the scale folded in, split by destination.
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Every stored tensor, in the dtype of its file."""
+        extra = () if self.magnitude is None else (self.magnitude.values,)
+        return (*self.change.tensors, *extra)
 
-        Returns:
-            Pairs of output rows and float64 ``[rows, r]``.
+    def blocks(self) -> Iterator[tuple[int, int, slice]]:
+        """Divide the rows so that a block is contiguous in the layer and not large.
+
+        Yields:
+            First and last row in the change, and the layer's rows.
         """
-        up = self.B.to(torch.float64) * self.scale
-        parts = torch.split(up, [rows.stop - rows.start for rows in self.rows])
-        return list(zip(self.rows, parts, strict=True))
+        start = 0
+        for rows in self.rows:
+            for first in range(rows.start, rows.stop, ROW_BLOCK):
+                count = min(ROW_BLOCK, rows.stop - first)
+                yield start, start + count, slice(first, first + count)
+                start += count
 
-    def add_to(self, dense: Tensor) -> None:
+    def add_to(self, dense: Tensor, base: Tensor | None = None) -> None:
         """Add this piece to a dense weight change.
 
         Args:
             dense: Float32 ``[out, in]``, changed in place.
+            base: Weight of the layer ``[out, in]``, needed for a piece with magnitudes.
         """
-        down = self.A.to(torch.float64)
-        for rows, up in self.scaled_rows():
-            for start in range(0, up.shape[0], _ROW_BLOCK):
-                block = up[start : start + _ROW_BLOCK]
-                first = rows.start + start
-                dense[first : first + block.shape[0]] += (block @ down).to(dense.dtype)
+        if self.magnitude is None:
+            for start, stop, where in self.blocks():
+                dense[where] += self.change.block(start, stop).to(dense.dtype)
+            return
+        assert base is not None
+        factor = self._column_factor(base) if self.magnitude.axis == "columns" else None
+        for start, stop, where in self.blocks():
+            before = base[where].to(dense.device, torch.float64)
+            after = before + self.change.block(start, stop)
+            if factor is None:
+                length = self.magnitude.values[start:stop].to(torch.float64)[:, None]
+                scaled = after * (length / _nonzero(after.norm(dim=1, keepdim=True)))
+            else:
+                scaled = after * factor
+            dense[where] += (scaled - before).to(dense.dtype)
+
+    def _column_factor(self, base: Tensor) -> Tensor:
+        """``magnitude / norm`` of each input column ``[in]``, over this piece's rows."""
+        assert self.magnitude is not None
+        values = self.magnitude.values.to(torch.float64)
+        squares = torch.zeros_like(values)
+        for start, stop, where in self.blocks():
+            before = base[where].to(values.device, torch.float64)
+            squares += (before + self.change.block(start, stop)).square().sum(dim=0)
+        return values / _nonzero(squares.sqrt())
+
+
+def _nonzero(norm: Tensor) -> Tensor:
+    """Keep a row of zeros zero instead of dividing by its norm."""
+    return norm.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @dataclass(frozen=True)
 class LayerDelta:
-    """All that one adapter adds to one layer.
+    """All that one adapter adds to one layer's weight.
 
     Attributes:
         out_features: The layer's output channels.
         in_features: The layer's input channels.
         pieces: Pieces on rows that do not overlap.
+        error: Relative Frobenius error of what these pieces stand in for; 0 when exact.
     """
 
     out_features: int
     in_features: int
-    pieces: tuple[LowRank, ...]
+    pieces: tuple[Piece, ...]
+    error: float = 0.0
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape ``(out, in)`` of the weight that is changed."""
         return self.out_features, self.in_features
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether `factors` can join the pieces."""
+        return all(
+            isinstance(piece.change, LowRank) and piece.magnitude is None for piece in self.pieces
+        )
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the change depends on the base weight (DoRA)."""
+        return any(piece.magnitude is not None for piece in self.pieces)
+
+    def without_magnitudes(self) -> "LayerDelta":
+        """The same change as if it had no DoRA magnitudes; itself where it has none."""
+        if not self.needs_base:
+            return self
+        return replace(self, pieces=tuple(replace(p, magnitude=None) for p in self.pieces))
+
     @cached_property
-    def _groups(self) -> tuple[tuple[LowRank, ...], ...]:
+    def _groups(self) -> tuple[tuple[tuple[LowRank, Piece], ...], ...]:
         """Pieces with equal A together: a fused layer that was split shares one A again."""
-        groups: list[list[LowRank]] = []
+        groups: list[list[tuple[LowRank, Piece]]] = []
         for piece in self.pieces:
+            change = piece.change
+            assert isinstance(change, LowRank) and piece.magnitude is None
             for group in groups:
-                if _same(group[0].A, piece.A):
-                    group.append(piece)
+                if _same(group[0][0].A, change.A):
+                    group.append((change, piece))
                     break
             else:
-                groups.append([piece])
+                groups.append([(change, piece)])
         return tuple(map(tuple, groups))
 
     @property
     def rank(self) -> int:
-        """Joined rank ``R`` of all pieces."""
-        return sum(group[0].rank for group in self._groups)
+        """Joined rank ``R`` of all pieces, which must be low-rank."""
+        return sum(group[0][0].rank for group in self._groups)
 
     @property
     def tensors(self) -> Sequence[Tensor]:
         """Every stored tensor, in the dtype of its file."""
-        return [tensor for piece in self.pieces for tensor in (piece.A, piece.B)]
+        return [tensor for piece in self.pieces for tensor in piece.tensors]
 
-    def dense(self) -> Tensor:
+    def dense(self, base: Tensor | None = None) -> Tensor:
         """Weight change at strength 1.
 
         Products are accumulated in float64 and rounded once.
 
+        Args:
+            base: Weight of the layer ``[out, in]`` of any float dtype; only used where
+                `needs_base`.
+
         Returns:
             Float32 ``[out, in]``.
         """
-        device = self.pieces[0].A.device
+        device = self.tensors[0].device
         dense = torch.zeros(*self.shape, dtype=torch.float32, device=device)
         for piece in self.pieces:
-            piece.add_to(dense)
+            piece.add_to(dense, base)
         return dense
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Joined factors: rows that a piece does not cover are zero in its columns of B.
 
         Returns:
-            ``A [R, in]`` and ``B [out, R]`` in float32, with the scale folded into B.
+            ``A [R, in]`` and ``B [out, R]`` in float32, with the scale folded into B. The pieces
+            must be low-rank.
         """
-        A = torch.cat([group[0].A.to(torch.float32) for group in self._groups])
+        if len(self.pieces) == 1 and self.pieces[0].rows == (slice(0, self.out_features),):
+            # The usual file: nothing to join, so nothing is copied twice.
+            change = self._groups[0][0][0]
+            return change.A.to(torch.float32, copy=True), _scaled(change.B, change.scale)
+        A = torch.cat([group[0][0].A.to(torch.float32) for group in self._groups])
         B = torch.zeros(self.out_features, A.shape[0], dtype=torch.float32, device=A.device)
-        start = 0
+        first = 0
         for group in self._groups:
-            stop = start + group[0].rank
-            for piece in group:
-                for rows, up in piece.scaled_rows():
-                    B[rows, start:stop] = up.to(torch.float32)
-            start = stop
+            last = first + group[0][0].rank
+            for change, piece in group:
+                for start, stop, where in piece.blocks():
+                    B[where, first:last] = _scaled(change.B[start:stop], change.scale)
+            first = last
         return A, B
+
+    def square_norm(self) -> float | None:
+        """Square of the Frobenius norm; None where it depends on the base weight."""
+        if self.needs_base:
+            return None
+        return math.fsum(piece.change.square_norm() for piece in self.pieces)
+
+
+def _scaled(B: Tensor, scale: float) -> Tensor:
+    """Return ``scale * B`` in float32, rounded once."""
+    if B.dtype != torch.float64 and math.frexp(abs(scale))[0] == 0.5:
+        # A power of two, as most alphas give, only moves the exponent.
+        return B.to(torch.float32, copy=True) if scale == 1 else B.to(torch.float32) * scale
+    return (B.to(torch.float64) * scale).to(torch.float32)
 
 
 def check_pair(name: str, layer: str, A: Tensor, B: Tensor) -> None:
@@ -162,22 +265,98 @@ def check_pair(name: str, layer: str, A: Tensor, B: Tensor) -> None:
         raise LoRAFormatError(f"{where} hold NaN or infinite values; train or merge again.")
 
 
-def is_finite(tensor: Tensor) -> bool:
+def layer_from_pair(name: str, layer: str, A: Tensor, B: Tensor) -> LayerDelta:
+    """Make a layer's change of one pair of factors.
+
+    Args:
+        name: The adapter they are for.
+        layer: The layer they are for.
+        A: ``[r, in]``.
+        B: ``[out, r]``, the scale folded in.
+
+    Returns:
+        A change of the whole layer; the tensors are used as they are.
+
+    Raises:
+        LoRAFormatError: As for `check_pair`.
+    """
+    check_pair(name, layer, A, B)
+    out_features, in_features = int(B.shape[0]), int(A.shape[1])
+    piece = Piece(LowRank(A.detach(), B.detach()), (slice(0, out_features),))
+    return LayerDelta(out_features, in_features, (piece,))
+
+
+def check_base(name: str, layer: str, delta: LayerDelta, base: Tensor | None) -> None:
+    """Make sure that a change that depends on the base weight gets one.
+
+    Args:
+        name: The adapter, for errors.
+        layer: The layer, for errors.
+        delta: Its change.
+        base: Should be the layer's dense weight ``[out, in]``.
+
+    Raises:
+        LoRAFormatError: It is missing, of another shape, or not floating-point.
+    """
+    if base is None:
+        raise LoRAFormatError(
+            f"Layer {shown(layer)} of LoRA {shown(name)!r} has DoRA magnitudes, whose effect "
+            "depends on the base weight; give that weight as base."
+        )
+    if tuple(base.shape) != delta.shape or not base.is_floating_point():
+        raise LoRAFormatError(
+            f"Base weight of layer {shown(layer)} is {base.dtype} {list(base.shape)}, and LoRA "
+            f"{shown(name)!r} needs a floating-point one of shape {list(delta.shape)}; "
+            "give the dense weight."
+        )
+
+
+def check_shapes(
+    name: str,
+    shapes: Mapping[str, tuple[int, int]],
+    module_shapes: Mapping[str, tuple[int, int]],
+) -> None:
+    """Make sure that an adapter is for a model with these layers.
+
+    Args:
+        name: The adapter, for errors.
+        shapes: Shape ``(out, in)`` of each of its changes by layer.
+        module_shapes: Weight shape ``(out, in)`` of every layer of the model.
+
+    Raises:
+        LoRAFormatError: A layer is missing in the model or has another shape.
+    """
+    for layer, own in shapes.items():
+        shape = module_shapes.get(layer)
+        if shape is None:
+            problem = f"changes layer {layer}, which the model does not have"
+        elif tuple(shape) != own:
+            problem = f"has shape {list(own)} at layer {layer}, where the model has {list(shape)}"
+        else:
+            continue
+        raise LoRAFormatError(
+            f"LoRA {shown(name)!r} {problem}: it was made for another base model or size; "
+            "use one made for this model."
+        )
+
+
+def is_finite(tensor: Tensor, limit: float = math.inf) -> bool:
     """Tell whether every value of a tensor is a finite number.
 
     Args:
         tensor: Any real tensor, of any dtype that files hold.
+        limit: Largest magnitude allowed.
 
     Returns:
-        False when it holds NaN or an infinity.
+        False when it holds NaN, an infinity, or a value beyond the limit.
     """
-    if not tensor.is_floating_point():
+    if tensor.dtype == torch.bool:
         return True
-    if tensor.element_size() == 1:
+    if tensor.is_floating_point() and tensor.element_size() == 1:
         tensor = tensor.to(torch.float32)
     # Extremes carry NaN along, and need no array of flags the size of the tensor.
-    low, high = torch.aminmax(tensor.detach())
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    low, high = (extreme.item() for extreme in torch.aminmax(tensor.detach()))
+    return math.isfinite(low) and math.isfinite(high) and max(-low, high) <= limit
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -2,44 +2,44 @@
 
 A key is a prefix, a module path and a suffix: ``transformer.`` + ``transformer_blocks.3.attn.to_q``
 + ``.lora_A.weight``. A `Naming` translates module paths of one code base to canonical layers; a
-`Format` is a naming with the prefixes and spelling that a program writes. A new format is one entry
-in `FORMATS`, with a new naming only where module paths are new.
+`Format` is a naming with the prefixes and spelling that a program writes; a suffix says what the
+tensor is, and is read alike in every format. A new format is one entry in `FORMATS`, with a new
+naming only where module paths are new.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from autolora.flux.layers import LAYER_TYPES, parse_layer
+from autolora.adapters.namings import (
+    BFL,
+    CLIP,
+    DIFFSYNTH,
+    DIFFUSERS,
+    ONETRAINER_BFL,
+    T5,
+    XLABS,
+    Naming,
+    Target,
+)
+from autolora.flux.layers import parse_layer
 
-Role = Literal["A", "B", "alpha"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a module path leads.
-
-    Attributes:
-        layer: Canonical layer name, with ``{i}`` for the block in a naming's table.
-        slices: Output slices that its rows stand for, in order; empty for all rows as they are.
-    """
-
-    layer: str
-    slices: tuple[str, ...] = ()
+AlphaPlace = Literal["tensor", "optional tensor", "header", "nowhere"]
 
 
 @dataclass(frozen=True)
 class KeyMatch:
-    """A key that names a factor, or the alpha, of a canonical layer.
+    """A key that names a tensor of a canonical layer.
 
     Attributes:
         key: The key in the file.
         format: Format that knows the key.
         target: Canonical layer and slices.
-        role: Which factor it is.
+        role: What the tensor is: ``A``, ``B``, ``alpha``, ``bias`` (of B), ``magnitude``,
+            ``diff``, ``diff_b``, or LyCORIS' name of a factor, such as ``lokr_w2_a``.
         prefix: The format's prefix that the key has.
         path: Module path between prefix and suffix.
         adapter: PEFT adapter name in the key, if any.
@@ -48,88 +48,10 @@ class KeyMatch:
     key: str
     format: "Format"
     target: Target
-    role: Role
+    role: str
     prefix: str
     path: str
     adapter: str | None
-
-
-Naming = Mapping[str, Target]
-
-
-def _naming(rows: str) -> Naming:
-    """Read a table of ``foreign path, canonical name, [slices]`` with ``{i}`` for the block."""
-    table: dict[str, Target] = {}
-    for row in rows.split("\n"):
-        if row.strip():
-            foreign, layer, *slices = row.split()
-            table[foreign] = Target(layer, tuple(slices))
-    return table
-
-
-BFL = _naming("""
-    double_blocks.{i}.img_attn.qkv     blocks.{i}.attn.a_to_qkv
-    double_blocks.{i}.txt_attn.qkv     blocks.{i}.attn.b_to_qkv
-    double_blocks.{i}.img_attn.proj    blocks.{i}.attn.a_to_out
-    double_blocks.{i}.txt_attn.proj    blocks.{i}.attn.b_to_out
-    double_blocks.{i}.img_mlp.0        blocks.{i}.ff_a.0
-    double_blocks.{i}.img_mlp.2        blocks.{i}.ff_a.2
-    double_blocks.{i}.txt_mlp.0        blocks.{i}.ff_b.0
-    double_blocks.{i}.txt_mlp.2        blocks.{i}.ff_b.2
-    double_blocks.{i}.img_mod.lin      blocks.{i}.norm1_a.linear
-    double_blocks.{i}.txt_mod.lin      blocks.{i}.norm1_b.linear
-    single_blocks.{i}.linear1          single_blocks.{i}.to_qkv_mlp
-    single_blocks.{i}.linear2          single_blocks.{i}.proj_out
-    single_blocks.{i}.modulation.lin   single_blocks.{i}.norm.linear
-    img_in                             x_embedder
-    txt_in                             context_embedder
-    time_in.in_layer                   time_embedder.timestep_embedder.0
-    time_in.out_layer                  time_embedder.timestep_embedder.2
-    guidance_in.in_layer               guidance_embedder.timestep_embedder.0
-    guidance_in.out_layer              guidance_embedder.timestep_embedder.2
-    vector_in.in_layer                 pooled_text_embedder.0
-    vector_in.out_layer                pooled_text_embedder.2
-    final_layer.linear                 final_proj_out
-    final_layer.adaLN_modulation.1     final_norm_out.linear
-""")
-"""Module paths of Black Forest Labs' reference code: fused q/k/v, as the canonical layers are."""
-
-DIFFUSERS = _naming("""
-    transformer_blocks.{i}.attn.to_q              blocks.{i}.attn.a_to_qkv  q
-    transformer_blocks.{i}.attn.to_k              blocks.{i}.attn.a_to_qkv  k
-    transformer_blocks.{i}.attn.to_v              blocks.{i}.attn.a_to_qkv  v
-    transformer_blocks.{i}.attn.add_q_proj        blocks.{i}.attn.b_to_qkv  q
-    transformer_blocks.{i}.attn.add_k_proj        blocks.{i}.attn.b_to_qkv  k
-    transformer_blocks.{i}.attn.add_v_proj        blocks.{i}.attn.b_to_qkv  v
-    transformer_blocks.{i}.attn.to_out.0          blocks.{i}.attn.a_to_out
-    transformer_blocks.{i}.attn.to_add_out        blocks.{i}.attn.b_to_out
-    transformer_blocks.{i}.ff.net.0.proj          blocks.{i}.ff_a.0
-    transformer_blocks.{i}.ff.net.2               blocks.{i}.ff_a.2
-    transformer_blocks.{i}.ff_context.net.0.proj  blocks.{i}.ff_b.0
-    transformer_blocks.{i}.ff_context.net.2       blocks.{i}.ff_b.2
-    transformer_blocks.{i}.norm1.linear           blocks.{i}.norm1_a.linear
-    transformer_blocks.{i}.norm1_context.linear   blocks.{i}.norm1_b.linear
-    single_transformer_blocks.{i}.attn.to_q       single_blocks.{i}.to_qkv_mlp  q
-    single_transformer_blocks.{i}.attn.to_k       single_blocks.{i}.to_qkv_mlp  k
-    single_transformer_blocks.{i}.attn.to_v       single_blocks.{i}.to_qkv_mlp  v
-    single_transformer_blocks.{i}.proj_mlp        single_blocks.{i}.to_qkv_mlp  mlp
-    single_transformer_blocks.{i}.proj_out        single_blocks.{i}.proj_out
-    single_transformer_blocks.{i}.norm.linear     single_blocks.{i}.norm.linear
-    x_embedder                                    x_embedder
-    context_embedder                              context_embedder
-    time_text_embed.timestep_embedder.linear_1    time_embedder.timestep_embedder.0
-    time_text_embed.timestep_embedder.linear_2    time_embedder.timestep_embedder.2
-    time_text_embed.guidance_embedder.linear_1    guidance_embedder.timestep_embedder.0
-    time_text_embed.guidance_embedder.linear_2    guidance_embedder.timestep_embedder.2
-    time_text_embed.text_embedder.linear_1        pooled_text_embedder.0
-    time_text_embed.text_embedder.linear_2        pooled_text_embedder.2
-    proj_out                                      final_proj_out
-    norm_out.linear                               final_norm_out.linear  scale shift
-""")
-"""Module paths of diffusers' FluxTransformer2DModel: split q/k/v, and ``norm_out`` scale first."""
-
-DIFFSYNTH: Naming = {template: Target(template) for template in LAYER_TYPES}
-"""The canonical names themselves."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +64,7 @@ class Format:
         prefixes: What may stand before the module path.
         joint: What joins the parts of a module path.
         factor_names: Spelling of A and B that the writing programs use.
-        peft_header: Whether alpha may be in a PEFT configuration instead of tensors.
+        alpha: Where the writing programs put alpha.
     """
 
     name: str
@@ -150,11 +72,16 @@ class Format:
     prefixes: tuple[str, ...]
     joint: str = "."
     factor_names: tuple[str, str] = ("lora_A", "lora_B")
-    peft_header: bool = False
+    alpha: AlphaPlace = "nowhere"
 
     @cached_property
     def _targets(self) -> Naming:
         return {path.replace(".", self.joint): target for path, target in self.naming.items()}
+
+    @property
+    def reads_peft(self) -> bool:
+        """Whether a PEFT configuration in the header, or beside the file, may hold its alpha."""
+        return self.joint == "."
 
     def locate(self, path: str) -> tuple[str, str, Target] | None:
         """Find the layer that a key's module path names.
@@ -169,13 +96,14 @@ class Format:
             if path.startswith(prefix):
                 inner = path[len(prefix) :]
                 found = _BLOCK_INDEX.search(inner)
-                span = found.span() if found else (0, 0)
-                template = f"{inner[: span[0]]}{{i}}{inner[span[1] :]}" if found else inner
+                if found is None:
+                    template, index = inner, ""
+                else:
+                    index = found.group()
+                    template = f"{inner[: found.start()]}{{i}}{inner[found.end() :]}"
                 target = self._targets.get(template)
                 if target is not None and (found is not None) == ("{i}" in template):
-                    index = found.group() if found else ""
-                    layer = target.layer.replace("{i}", index)
-                    return prefix, inner, Target(layer, target.slices)
+                    return prefix, inner, replace(target, layer=target.layer.replace("{i}", index))
         return None
 
     def module_paths(self, layer: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -198,26 +126,71 @@ class Format:
         ]
 
 
+_KOHYA_NAMES = ("lora_down", "lora_up")
+
 FORMATS: tuple[Format, ...] = (
-    Format("kohya", BFL, ("lora_unet_",), joint="_", factor_names=("lora_down", "lora_up")),
+    Format("kohya", BFL, ("lora_unet_",), "_", _KOHYA_NAMES, "tensor"),
     Format(
         "diffusers",
         DIFFUSERS,
-        ("transformer.", "base_model.model.transformer.", "base_model.model.", ""),
-        peft_header=True,
+        ("transformer.", "base_model.model.transformer.", "diffusion_model.", ""),
+        alpha="header",
     ),
-    Format("ai-toolkit", BFL, ("diffusion_model.",)),
+    Format("peft", DIFFUSERS, ("base_model.model.",)),
+    Format(
+        "ai-toolkit",
+        BFL,
+        ("diffusion_model.", "model.diffusion_model."),
+        alpha="optional tensor",
+    ),
+    Format("fal", BFL, ("base_model.model.",)),
+    Format("xlabs", XLABS, ("", "diffusion_model."), factor_names=("down", "up")),
+    Format("onetrainer", DIFFUSERS, ("lora_transformer_",), "_", _KOHYA_NAMES, "tensor"),
+    Format("onetrainer-bfl", ONETRAINER_BFL, ("transformer.",), ".", _KOHYA_NAMES, alpha="tensor"),
+    Format("lycoris", DIFFUSERS, ("lycoris_", "lora_unet_"), "_", _KOHYA_NAMES, "tensor"),
+    Format("lycoris-bfl", BFL, ("lycoris_",), "_", _KOHYA_NAMES, "tensor"),
+    Format("bfl", BFL, ("", "transformer."), alpha="optional tensor"),
     Format("diffsynth", DIFFSYNTH, ("", "dit.", "pipe.dit.")),
 )
-"""Every format that is read, in the order in which a key is tried."""
+"""Every format of transformer layers that is read, in the order in which a key is tried."""
 
-_BLOCK_INDEX = re.compile(r"(?<=blocks[._])(?:0|[1-9]\d{0,5})(?=[._])", re.ASCII)
+_TE = ("lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lycoris_te1_", "lycoris_te2_")
+_TEXT_ENCODER = ("text_encoder.", "base_model.model.text_encoder.")
+_TEXT_ENCODER_2 = ("text_encoder_2.", "base_model.model.text_encoder_2.")
 
-_FACTOR = re.compile(
-    r"(?P<path>.+)\.lora[_.](?P<role>A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.weight", re.DOTALL
+TEXT_ENCODERS: tuple[Format, ...] = (
+    Format("kohya CLIP", CLIP, _TE, "_"),
+    Format("kohya T5", T5, _TE, "_"),
+    Format("CLIP", CLIP, (*_TEXT_ENCODER, "text_encoders.clip_l.transformer.", "clip_l.")),
+    Format("T5", T5, (*_TEXT_ENCODER_2, "text_encoders.t5xxl.transformer.", "t5xxl.")),
 )
-_ALPHA = re.compile(r"(?P<path>.+)\.alpha", re.DOTALL)
-_ROLES: Mapping[str, Role] = {"A": "A", "down": "A", "B": "B", "up": "B"}
+"""Text-encoder layers. kohya numbers T5 as 3 and OneTrainer as 2: the layer's name decides."""
+
+# Where a path has its block number; the lookbehinds are the words that stand before one.
+_BLOCK_INDEX = re.compile(
+    r"(?:(?<=blocks[._])|(?<=layers[._])|(?<=block[._]))(?:0|[1-9]\d{0,5})(?=[._])", re.ASCII
+)
+
+_ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
+_SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
+    (re.compile(rf"(?P<path>.+){suffix}", re.DOTALL), role)
+    for suffix, role in (
+        (rf"\.lora[_.](?P<role>A|B|down|up){_ADAPTER}\.weight", None),
+        (r"\.alpha", "alpha"),
+        (r"\.(?P<role>down|up)\.weight", None),
+        (rf"\.lora[_.](?:B|up){_ADAPTER}\.bias", "bias"),
+        (r"\.(?P<role>lokr_(?:w[12](?:_[ab])?|t[12])|hada_(?:w[12]_[ab]|t[12]))", None),
+        (r"\.(?:dora_scale|magnitude)", "magnitude"),
+        (
+            r"\.lora_magnitude_vector(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?",
+            "magnitude",
+        ),
+        (r"\.(?:diff_b|b_norm|bias\.diff)", "diff_b"),
+        (r"\.(?:weight|scale)\.diff", "diff"),
+        (r"\.(?:diff|w_norm)", "diff"),
+    )
+)
+_ROLES: Mapping[str, str] = {"down": "A", "up": "B"}
 
 
 def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
@@ -232,28 +205,43 @@ def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
     Returns:
         Layer and role by key; keys that no format knows are left out.
     """
-    candidates = {key: matches for key in keys if (matches := _candidates(key))}
+    located: dict[str, list[tuple[Format, str, str, Target]]] = {}
+    candidates: dict[str, list[KeyMatch]] = {}
+    for key in keys:
+        if (split := _split(key)) is not None:
+            path, role, adapter = split
+            if path not in located:
+                located[path] = _locate(path)
+            candidates[key] = [
+                KeyMatch(key, entry, target, role, prefix, inner, adapter)
+                for entry, prefix, inner, target in located[path]
+                if role == "diff" or not target.is_norm
+            ]
     known = Counter(match.format.name for matches in candidates.values() for match in matches)
     return {
         key: max(matches, key=lambda match: known[match.format.name])
         for key, matches in candidates.items()
+        if matches
     }
 
 
-def _candidates(key: str) -> list[KeyMatch]:
-    """What a key is in each format that knows it, in the order of the table."""
-    role: Role = "alpha"
-    adapter = None
-    if found := _FACTOR.fullmatch(key):
-        role, adapter = _ROLES[found["role"]], found["adapter"]
-    elif not (found := _ALPHA.fullmatch(key)):
-        return []
-    matches: list[KeyMatch] = []
-    for entry in FORMATS:
-        if located := entry.locate(found["path"]):
-            prefix, path, target = located
-            matches.append(KeyMatch(key, entry, target, role, prefix, path, adapter))
-    return matches
+def _split(key: str) -> tuple[str, str, str | None] | None:
+    """Module path, role and adapter name of a key; None when its suffix is no known one."""
+    for pattern, role in _SUFFIXES:
+        if found := pattern.fullmatch(key):
+            groups = found.groupdict()
+            spelled = role or str(groups["role"])
+            return found["path"], _ROLES.get(spelled, spelled), groups.get("adapter")
+    return None
+
+
+def _locate(path: str) -> list[tuple[Format, str, str, Target]]:
+    """What a module path is in each format that knows it, in the order of the tables."""
+    return [
+        (entry, *found)
+        for entry in (*FORMATS, *TEXT_ENCODERS)
+        if (found := entry.locate(path)) is not None
+    ]
 
 
 def format_named(name: str) -> Format | None:

@@ -1,253 +1,178 @@
 """From a LoRA file to weight changes by canonical layer.
 
 Every key is matched or dropped with a reason, and everything that would make a layer wrong is an
-error that names the key: a factor without its partner, shapes that do not fit, NaN, integers.
+error that names the key: a factor without its partner, shapes that do not fit, NaN, integers. The
+header alone decides; tensors are read once, when nothing can be wrong with them but their values.
 """
 
-import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from autolora.adapters import unused
-from autolora.adapters.deltas import LayerDelta, LowRank, is_finite
-from autolora.adapters.formats import KeyMatch, Role, Target, match_keys
-from autolora.adapters.peft_config import PeftConfig, read_peft_config
-from autolora.adapters.reader import (
-    FLOAT_DTYPES,
-    NUMBER_DTYPES,
-    Header,
-    TensorInfo,
-    read_header,
-    read_tensors,
-)
-from autolora.adapters.report import LoadReport
+from autolora.adapters.building import Contents, build
+from autolora.adapters.deltas import is_finite
+from autolora.adapters.formats import KeyMatch, match_keys
+from autolora.adapters.grouping import Group, bad_key, check_groups, group_keys, layer_rows
+from autolora.adapters.namings import Part
+from autolora.adapters.peft_config import read_peft_config
+from autolora.adapters.reader import LARGEST_VALUE, Header, read_header, read_tensors
+from autolora.adapters.report import LoadReport, make_report
 from autolora.errors import LoRAFormatError, shown
-from autolora.flux.layers import LayerType, fused_out_features, output_slices, parse_layer
+from autolora.flux.layers import parse_layer
 
 
-@dataclass
-class _Group:
-    """Keys that make one piece: A, B and perhaps alpha."""
+@dataclass(frozen=True)
+class Loaded:
+    """A file that was read.
 
-    target: Target
-    keys: dict[Role, KeyMatch] = field(default_factory=dict)
+    Attributes:
+        parts: What it changes, by model; always with an entry for the transformer.
+        report: What became of every key.
+        text_reports: The same of each text encoder's keys alone.
+    """
 
-    @property
-    def complete(self) -> bool:
-        return "A" in self.keys and "B" in self.keys
+    parts: Mapping[Part, Contents]
+    report: LoadReport
+    text_reports: Mapping[Part, LoadReport]
 
 
-def load_layers(path: Path) -> tuple[dict[str, LayerDelta], LoadReport]:
+def load_file(path: Path, text_encoder_only: bool = False) -> Loaded:
     """Read a LoRA file.
 
     Args:
-        path: A safetensors file of any format in `autolora.adapters.formats.FORMATS`.
+        path: A safetensors file of any format in `autolora.adapters.formats`.
+        text_encoder_only: Also accept a file that changes text encoders and no layer of the
+            transformer.
 
     Returns:
-        Weight changes by canonical layer name, and what became of every key.
+        Weight changes by model and canonical layer name, and what became of every key.
 
     Raises:
         LoRAFormatError: The file is damaged, for another base model, ambiguous, or without any
             layer that can be used.
     """
     header = read_header(path)
-    matches, dropped = _match_keys(header.tensors)
-    other = unused.other_model(key for key, why in dropped.items() if why != unused.TEXT_ENCODER)
-    if other is not None:
-        raise _other_model(path, other)
-    groups = _group(path, matches)
-    for group in [group for group in groups.values() if not group.keys.keys() & {"A", "B"}]:
-        dropped[group.keys["alpha"].key] = unused.NO_FACTORS
-        del groups[group.target]
-    if not groups:
-        raise _nothing_matched(path, header, dropped)
-    _check_groups(path, groups.values(), header.tensors)
-    keys = [match.key for group in groups.values() for match in group.keys.values()]
+    matches = match_keys(header.tensors)
+    dropped = {key: unused.reason_for(key) for key in header.tensors if key not in matches}
+    _refuse(path, unused.refusal(dropped, matches))
+    groups, stray = group_keys(path, [matches[key] for key in sorted(matches)])
+    dropped |= stray
+    if not any(text_encoder_only or group.target.part == "dit" for group in groups):
+        raise _nothing_matched(path, header, dropped, groups)
+    _refuse(path, unused.refusal_by_header(header.metadata))
+    check_groups(path, groups, header.tensors)
+    _check_sizes(path, groups)
+    keys = [match.key for group in groups for match in group.keys.values()]
     tensors = read_tensors(path, header, keys)
-    _check_finite(path, tensors)
-    layers = _build_layers(path, groups.values(), tensors, read_peft_config(path, header.metadata))
-    return layers, _report(groups.values(), dropped, layers)
+    _check_finite(path, groups, tensors)
+    present = {group.target.part for group in groups}
+    configs = {part: read_peft_config(path, header.metadata, part) for part in present}
+    parts = build(path, groups, tensors, configs)
+    parts.setdefault("dit", Contents())
+    return Loaded(
+        parts,
+        make_report(_format(groups, "dit"), parts, dropped),
+        {
+            part: make_report(_format(groups, part), {part: contents}, {}, of=part)
+            for part, contents in parts.items()
+            if part != "dit"
+        },
+    )
 
 
-def _match_keys(keys: Collection[str]) -> tuple[list[KeyMatch], dict[str, str]]:
-    """Divide keys into those that name factors and those that do not, with the reason."""
-    dropped = {key: unused.TEXT_ENCODER for key in keys if unused.is_text_encoder(key)}
-    matches = match_keys(key for key in keys if key not in dropped)
-    dropped |= {
-        key: unused.reason_for(key) for key in keys if key not in dropped and key not in matches
-    }
-    return [matches[key] for key in sorted(matches)], dropped
+def _format(groups: Iterable[Group], part: Part) -> str:
+    """Names of the formats of one model's keys, the most frequent first."""
+    names = Counter(
+        match.format.name
+        for group in groups
+        for match in group.keys.values()
+        if group.target.part == part
+    )
+    return "+".join(name for name, _ in names.most_common())
 
 
-def _group(path: Path, matches: Iterable[KeyMatch]) -> dict[Target, _Group]:
-    groups: dict[Target, _Group] = {}
-    adapters: dict[str, str] = {}
-    for match in matches:
-        group = groups.setdefault(match.target, _Group(match.target))
-        earlier = group.keys.setdefault(match.role, match)
-        if match.adapter is not None:
-            adapters.setdefault(match.adapter, match.key)
-        if len(adapters) > 1:
-            names = " and ".join(map(repr, map(shown, sorted(adapters))))
-            raise LoRAFormatError(
-                f"{shown(path)} holds several adapters, {names}; save each to its own file."
-            )
-        if earlier is not match:
-            raise _twice(path, earlier.key, match.key)
-    return groups
+def _refuse(path: Path, refusal: unused.Refusal | None) -> None:
+    if refusal is not None:
+        raise LoRAFormatError(f"{shown(path)} is {refusal.kind}; {refusal.advice}.")
 
 
-def _check_groups(path: Path, groups: Iterable[_Group], tensors: Mapping[str, TensorInfo]) -> None:
-    """Check from the header alone, before data is read."""
-    whole_or_slice: dict[tuple[str, str], str] = {}
+def _check_sizes(path: Path, groups: Iterable[Group]) -> None:
+    """Check layers against each other and against FLUX.1, whose names other models share."""
+    shapes: dict[str, tuple[int, int]] = {}
+    highest: dict[str, int] = {}
     for group in groups:
-        for role, match in group.keys.items():
-            _check_tensor(path, match.key, role, tensors[match.key])
-        if not group.complete:
-            (present,) = group.keys.keys() & {"A", "B"}
-            missing = "B (up)" if present == "A" else "A (down)"
-            raise _bad_key(
-                path,
-                group.keys[present].key,
-                f"has no partner: factor {missing} is not in the file",
-            )
-        down, up = (tensors[group.keys[role].key].shape for role in ("A", "B"))
-        if down[0] != up[1]:
-            raise _bad_key(
-                path,
-                group.keys["B"].key,
-                f"has shape {list(up)}, which does not fit A of shape {list(down)}: "
-                "the ranks differ",
-            )
-        for name in _slice_names(group.target):
-            earlier = whole_or_slice.setdefault((group.target.layer, name), group.keys["B"].key)
-            if earlier != group.keys["B"].key:
-                raise _twice(path, earlier, group.keys["B"].key)
+        layer = parse_layer(group.target.layer) if group.target.part == "dit" else None
+        if layer is not None and group.algorithm:
+            shape = (layer_rows(path, group), group.shape[1])
+            _agree(path, group, shape, shapes.setdefault(layer.name, shape))
+            if layer.block is not None:
+                highest[layer.kind] = max(highest.get(layer.kind, 0), layer.block)
+    for group in groups:
+        if not group.algorithm and group.target.layer in shapes:
+            out_features, in_features = shapes[group.target.layer]
+            _agree(path, group, (layer_rows(path, group), in_features), (out_features, in_features))
+    width: int | None = None
+    for name, (out_features, in_features) in shapes.items():
+        layer = parse_layer(name)
+        assert layer is not None
+        if layer.type.in_ratio is not None:
+            width = in_features // layer.type.in_ratio
+            if in_features * layer.type.out_ratio != out_features * layer.type.in_ratio:
+                raise LoRAFormatError(
+                    f"{shown(path)} makes layer {name} [{out_features}, {in_features}], where "
+                    f"FLUX.1 has {layer.type.out_ratio} outputs to {layer.type.in_ratio} inputs; "
+                    "it may be for another model, such as FLUX.2: use one made for FLUX.1."
+                )
+    _refuse(path, unused.refusal_by_size(width, highest))
+    if unused.is_control_input(width, shapes.get("x_embedder", (0, 0))[1]):
+        _refuse(path, unused.CONTROL)
 
 
-def _layer_type(target: Target) -> LayerType:
-    layer = parse_layer(target.layer)
-    assert layer is not None, "the format tables name canonical layers only"
-    return layer.type
-
-
-def _slice_names(target: Target) -> tuple[str, ...]:
-    """The output slices of a target, all of the layer's where it names none."""
-    return target.slices or tuple(name for name, _ in _layer_type(target).slices)
-
-
-def _check_tensor(path: Path, key: str, role: Role, info: TensorInfo) -> None:
-    if role == "alpha":
-        if math.prod(info.shape) != 1:
-            raise _bad_key(path, key, f"has shape {list(info.shape)}; alpha is one number")
-        if info.dtype not in NUMBER_DTYPES:
-            raise _bad_key(path, key, f"has dtype {info.dtype}; alpha is a number")
-        return
-    if info.dtype not in FLOAT_DTYPES:
-        raise _bad_key(path, key, f"has dtype {info.dtype}; factors are floating-point")
-    if 0 in info.shape:
-        raise _bad_key(path, key, f"has shape {list(info.shape)}, which holds no values")
-    if len(info.shape) != 2:
-        raise _bad_key(
-            path, key, f"has shape {list(info.shape)}; factors of a linear layer are 2-D"
+def _agree(path: Path, group: Group, shape: tuple[int, int], other: tuple[int, int]) -> None:
+    if shape != other:
+        raise bad_key(
+            path,
+            group.key("B") if "B" in group.keys else group.first_key,
+            f"makes layer {group.target.layer} {list(shape)}, but other keys make it {list(other)}",
         )
 
 
-def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise _bad_key(path, key, "holds NaN or infinite values; the training went wrong")
-
-
-def _build_layers(
-    path: Path, groups: Iterable[_Group], tensors: Mapping[str, Tensor], peft: PeftConfig
-) -> dict[str, LayerDelta]:
-    shapes: dict[str, tuple[int, int]] = {}
-    pieces: dict[str, list[LowRank]] = {}
+def _check_finite(path: Path, groups: Iterable[Group], tensors: Mapping[str, Tensor]) -> None:
     for group in groups:
-        down, up = (tensors[group.keys[role].key] for role in ("A", "B"))
-        layer = group.target.layer
-        rows, out_features = _rows(path, group, int(up.shape[0]))
-        shape = (out_features, int(down.shape[1]))
-        if shapes.setdefault(layer, shape) != shape:
-            raise _bad_key(
-                path,
-                group.keys["B"].key,
-                f"makes layer {layer} {list(shape)}, but other keys make it {list(shapes[layer])}",
-            )
-        scale = _scale(group, tensors, peft, int(down.shape[0]))
-        pieces.setdefault(layer, []).append(LowRank(down, up, scale, rows))
-    return {layer: LayerDelta(*shapes[layer], tuple(parts)) for layer, parts in pieces.items()}
+        for role, match in group.keys.items():
+            # Where alpha has no effect, trainers write anything there, such as ten billions.
+            if role == "alpha" and not group.has_scale:
+                continue
+            tensor = tensors[match.key]
+            if not is_finite(tensor, LARGEST_VALUE):
+                large = f"values above {LARGEST_VALUE:g}"
+                what = large if is_finite(tensor) else "NaN or infinite values"
+                raise bad_key(path, match.key, f"holds {what}; the training went wrong")
 
 
-def _rows(path: Path, group: _Group, rows: int) -> tuple[tuple[slice, ...], int]:
-    """Output rows that a piece stands for, and how many the whole layer has."""
-    if not group.target.slices:
-        return (slice(0, rows),), rows
-    layer_type = _layer_type(group.target)
-    try:
-        out_features = fused_out_features(layer_type, group.target.slices, rows)
-    except ValueError as error:
-        raise _bad_key(path, group.keys["B"].key, f"does not fit: {error}") from error
-    slices = output_slices(layer_type, out_features)
-    return tuple(slices[name] for name in group.target.slices), out_features
-
-
-def _scale(group: _Group, tensors: Mapping[str, Tensor], peft: PeftConfig, rank: int) -> float:
-    if "alpha" in group.keys:
-        return float(tensors[group.keys["alpha"].key].item()) / rank
-    match = group.keys["A"]
-    return peft.scale(match.path, rank) if match.format.peft_header else 1.0
-
-
-def _report(
-    groups: Iterable[_Group], dropped: Mapping[str, str], layers: Mapping[str, LayerDelta]
-) -> LoadReport:
-    matched = {match.key: match.target.layer for group in groups for match in group.keys.values()}
-    formats = Counter(match.format.name for group in groups for match in group.keys.values())
-    pieces = list(chain.from_iterable(delta.pieces for delta in layers.values()))
-    ranks = [piece.rank for piece in pieces]
-    scales = [piece.scale for piece in pieces]
-    return LoadReport(
-        format="+".join(name for name, _ in formats.most_common()),
-        matched=dict(sorted(matched.items())),
-        dropped=dict(sorted(dropped.items())),
-        layers=len(layers),
-        ranks=(min(ranks), max(ranks)),
-        scales=(min(scales), max(scales)),
-    )
-
-
-def _bad_key(path: Path, key: str, problem: str) -> LoRAFormatError:
-    return LoRAFormatError(
-        f"{shown(path)}: key {shown(key)!r} {problem}; save or download the file again."
-    )
-
-
-def _twice(path: Path, first: str, second: str) -> LoRAFormatError:
-    return LoRAFormatError(
-        f"{shown(path)} gives the same weights twice, as {shown(first)!r} and {shown(second)!r}; "
-        "keep one of them."
-    )
-
-
-def _other_model(path: Path, model: str) -> LoRAFormatError:
-    return LoRAFormatError(
-        f"{shown(path)} is an adapter for {model}, not for FLUX.1; use one made for FLUX.1."
-    )
-
-
-def _nothing_matched(path: Path, header: Header, dropped: Mapping[str, str]) -> LoRAFormatError:
-    if not dropped:
+def _nothing_matched(
+    path: Path, header: Header, dropped: Mapping[str, str], groups: Iterable[Group]
+) -> LoRAFormatError:
+    if not header.tensors:
         return LoRAFormatError(f"{shown(path)} holds no tensors; download or save it again.")
+    text_keys: list[KeyMatch] = [match for group in groups for match in group.keys.values()]
+    if text_keys:
+        return LoRAFormatError(
+            f"{shown(path)} changes only text encoders ({len(text_keys)} keys) and no layer of "
+            "FLUX.1's transformer; load it with text_encoder_only=True, or use a LoRA for FLUX.1."
+        )
+    refusal = unused.refusal_by_header(header.metadata)
+    _refuse(path, refusal)
     model = unused.header_model(header.metadata)
     if model is not None and "flux" not in model.lower():
-        return _other_model(path, shown(model))
+        return LoRAFormatError(
+            f"{shown(path)} is an adapter for {shown(model)}, not for FLUX.1; "
+            "use one made for FLUX.1."
+        )
     reasons = Counter(dropped.values()).most_common(3)
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons)
     first = ", ".join(repr(shown(key, 80)) for key in list(dropped)[:3])

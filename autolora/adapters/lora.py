@@ -2,25 +2,37 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
-from autolora.adapters.deltas import LayerDelta, LowRank, check_pair
-from autolora.adapters.loader import load_layers
+from autolora.adapters.approximate import low_rank_delta
+from autolora.adapters.deltas import (
+    EXACT,
+    LayerDelta,
+    check_base,
+    check_shapes,
+    layer_from_pair,
+)
+from autolora.adapters.loader import load_file
 from autolora.adapters.metadata import Metadata
+from autolora.adapters.namings import Part
 from autolora.adapters.reader import file_sha256
-from autolora.adapters.report import LoadReport
+from autolora.adapters.report import LoadReport, layer_facts
 from autolora.errors import LoRAFormatError, shown
 
 
 class LoRA:
     """An adapter for a FLUX.1 transformer, read from a file or made from factors.
 
-    Tensors stay in the dtype of their file until a layer is asked for.
+    Tensors stay in the dtype of their file until a layer is asked for. A layer is low-rank, LoKr,
+    LoHa or a full difference, or one of these with DoRA magnitudes: `delta` is exact for all,
+    `factors` only exists for low-rank ones, and `low_rank` approximates the others.
 
     Attributes:
         name: File stem, or the name given.
@@ -35,6 +47,10 @@ class LoRA:
         report: LoadReport,
         path: Path | None = None,
         metadata: Metadata | None = None,
+        *,
+        biases: Mapping[str, Tensor] | None = None,
+        norms: Mapping[str, Tensor] | None = None,
+        text_encoders: "Mapping[Part, LoRA] | None" = None,
     ) -> None:
         """Hold parsed layers; use `load` or `from_factors` instead.
 
@@ -44,19 +60,27 @@ class LoRA:
             report: What was read.
             path: The file they came from.
             metadata: Known metadata; read from `path` on first use when None.
+            biases: Changes of biases ``[out]`` by layer name.
+            norms: Changes of normalization weights by module path.
+            text_encoders: Adapters of text encoders, by ``clip`` and ``t5``.
         """
         self.name = name
         self.path = path
         self.report = report
         self._layers = {layer: layers[layer] for layer in sorted(layers)}
         self._metadata = metadata
+        self._biases = dict(sorted((biases or {}).items()))
+        self._norms = dict(sorted((norms or {}).items()))
+        self._text_encoders: dict[Part, LoRA] = dict(text_encoders or {})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "LoRA":
+    def load(cls, path: str | os.PathLike[str], *, text_encoder_only: bool = False) -> "LoRA":
         """Read a LoRA file of any known FLUX.1 format.
 
         Args:
             path: A ``.safetensors`` file.
+            text_encoder_only: Also accept a file that changes no layer of the transformer; it
+                gives an adapter without layers, whose parts `text_encoder` returns.
 
         Returns:
             The adapter, with every key matched or dropped with a reason in `report`.
@@ -66,8 +90,22 @@ class LoRA:
                 can be used.
         """
         file = Path(path)
-        layers, report = load_layers(file)
-        return cls(file.stem, layers, report, path=file)
+        loaded = load_file(file, text_encoder_only)
+        text_encoders: dict[Part, LoRA] = {
+            part: cls(
+                file.stem,
+                contents.layers,
+                loaded.text_reports[part],
+                path=file,
+                biases=contents.biases,
+            )
+            for part, contents in loaded.parts.items()
+            if part != "dit"
+        }
+        dit = loaded.parts["dit"]
+        lora = cls(file.stem, dit.layers, loaded.report, file, biases=dit.biases, norms=dit.norms)
+        lora._text_encoders = text_encoders
+        return lora
 
     @classmethod
     def from_factors(
@@ -91,9 +129,8 @@ class LoRA:
         """
         if not factors:
             raise LoRAFormatError(f"LoRA {shown(name)!r} has no factors; give at least one layer.")
-        layers = {layer: _layer_from_pair(name, layer, *pair) for layer, pair in factors.items()}
-        ranks = [delta.rank for delta in layers.values()]
-        report = LoadReport("factors", layers=len(layers), ranks=(min(ranks), max(ranks)))
+        layers = {layer: layer_from_pair(name, layer, *pair) for layer, pair in factors.items()}
+        report = LoadReport("factors", total=len(layers), **layer_facts(layers))
         return cls(name, layers, report, metadata=metadata or Metadata(title=name))
 
     def __repr__(self) -> str:
@@ -113,19 +150,127 @@ class LoRA:
         """Names of the layers that the adapter changes, sorted."""
         return list(self._layers)
 
-    def delta(self, layer: str) -> Tensor:
-        """Exact dense weight change of a layer at strength 1.
+    @property
+    def needs_base(self) -> tuple[str, ...]:
+        """Layers whose change depends on the base weight: those with DoRA magnitudes."""
+        return tuple(layer for layer, delta in self._layers.items() if delta.needs_base)
+
+    def exact(self, layer: str) -> bool:
+        """Tell whether `factors` gives a layer's change exactly.
 
         Args:
             layer: Canonical layer name.
 
         Returns:
-            Float32 ``[out, in]``, the sum over pieces of ``alpha / r * B @ A``.
+            True for low-rank layers as files have them, False for those that have no factors, or
+            only approximate ones.
 
         Raises:
             LoRAFormatError: The adapter does not change this layer.
         """
-        return self._layer(layer).dense()
+        delta = self._layer(layer)
+        return delta.is_low_rank and delta.error <= EXACT
+
+    def delta(self, layer: str, base: Tensor | None = None) -> Tensor:
+        """Exact dense weight change of a layer at strength 1.
+
+        Args:
+            layer: Canonical layer name.
+            base: The layer's weight ``[out, in]`` of any float dtype; only needed, and only looked
+                at, for the layers in `needs_base`.
+
+        Returns:
+            Float32 ``[out, in]``, computed in float64 and rounded once.
+
+        Raises:
+            LoRAFormatError: The adapter does not change this layer, or its change depends on a
+                base weight that is not given or of another shape.
+        """
+        found = self._layer(layer)
+        if found.needs_base:
+            check_base(self.name, layer, found, base)
+        return found.dense(base)
+
+    def bias(self, layer: str) -> Tensor | None:
+        """Change of a layer's bias at strength 1.
+
+        Args:
+            layer: Canonical layer name.
+
+        Returns:
+            Float32 ``[out]``, or None when the bias stays as it is.
+        """
+        return self._biases.get(layer)
+
+    @property
+    def bias_layers(self) -> tuple[str, ...]:
+        """Layers whose bias is changed; a few may be in no other list."""
+        return tuple(self._biases)
+
+    @property
+    def norms(self) -> Mapping[str, Tensor]:
+        """Changes of normalization weights at strength 1, float32, by module path.
+
+        Paths are DiffSynth's, such as ``blocks.0.attn.norm_q_a``. Only merging applies them.
+        """
+        return dict(self._norms)
+
+    def text_encoder(self, which: Literal["clip", "t5"]) -> "LoRA | None":
+        """The part of the adapter that is for a text encoder.
+
+        Args:
+            which: ``clip`` (``text_encoder_1`` in DiffSynth's pipeline) or ``t5``
+                (``text_encoder_2``).
+
+        Returns:
+            An adapter whose layers are the encoder's module paths, such as
+            ``encoders.0.attn.to_q`` or ``encoder.block.0.layer.0.SelfAttention.q``; None when the
+            file has no layer for it.
+        """
+        return self._text_encoders.get(which)
+
+    def low_rank(self, rank: int, base: Callable[[str], Tensor] | None = None) -> "LoRA":
+        """Give every layer low-rank factors.
+
+        Low-rank layers stay as they are, whatever their rank. Every other piece of a layer becomes
+        its best approximation of the given rank, and the relative Frobenius error of its layer is
+        in ``report.errors``. Biases, normalization weights and text encoders stay.
+
+        Args:
+            rank: Rank of each approximated piece (a split q/k/v layer has several).
+            base: Gives a layer's weight ``[out, in]`` by name; called for `needs_base` only.
+
+        Returns:
+            A new adapter of the same name and file.
+
+        Raises:
+            LoRAFormatError: The rank is not positive, or a layer depends on a base weight that is
+                not given or of another shape.
+        """
+        if rank < 1:
+            raise LoRAFormatError(f"Rank is {rank}; give a whole number of at least 1.")
+        layers: dict[str, LayerDelta] = {}
+        for layer, delta in self._layers.items():
+            if delta.is_low_rank:
+                layers[layer] = delta
+                continue
+            weight = base(layer) if delta.needs_base and base is not None else None
+            if delta.needs_base:
+                check_base(self.name, layer, delta, weight)
+            layers[layer] = low_rank_delta(delta, rank, weight)
+        errors = {
+            layer: new.error for layer, new in layers.items() if new is not self._layers[layer]
+        }
+        return LoRA(
+            self.name,
+            layers,
+            replace(self.report, errors={**self.report.errors, **errors}, **layer_facts(layers)),
+            self.path,
+            self._metadata,
+            biases=self._biases,
+            norms=self._norms,
+            text_encoders=self._text_encoders,
+        )
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
         """Low-rank factors of a layer with all its pieces joined.
@@ -138,9 +283,26 @@ class LoRA:
             that a piece does not cover are zero.
 
         Raises:
+            LoRAFormatError: The adapter does not change this layer, or not by low-rank factors.
+        """
+        return self._low_rank_layer(layer).factors()
+
+    def leading_factors(self, layer: str, rank: int = 32) -> tuple[Tensor, Tensor]:
+        """Low-rank factors to look at a layer with, as retrieval does; not to draw with.
+
+        Args:
+            layer: Canonical layer name.
+            rank: Rank of each approximated piece.
+
+        Returns:
+            What `factors` gives for a low-rank layer; for any other, the best approximation of its
+            change, without regard to DoRA magnitudes, which would need the base weight.
+
+        Raises:
             LoRAFormatError: The adapter does not change this layer.
         """
-        return self._layer(layer).factors()
+        delta = self._layer(layer).without_magnitudes()
+        return (delta if delta.is_low_rank else low_rank_delta(delta, rank, None)).factors()
 
     def shape(self, layer: str) -> tuple[int, int]:
         """Shape ``(out, in)`` of the weight that a layer's delta is added to.
@@ -166,9 +328,9 @@ class LoRA:
             Rows of A as `factors` gives it.
 
         Raises:
-            LoRAFormatError: The adapter does not change this layer.
+            LoRAFormatError: The adapter does not change this layer, or not by low-rank factors.
         """
-        return self._layer(layer).rank
+        return self._low_rank_layer(layer).rank
 
     @property
     def metadata(self) -> Metadata:
@@ -185,20 +347,19 @@ class LoRA:
         if self.path is not None:
             return file_sha256(self.path)
         digest = hashlib.sha256()
-        for layer in self._layers:
-            for tensor in self.factors(layer):
+        for layer, delta in self._layers.items():
+            for tensor in delta.factors() if delta.is_low_rank else delta.tensors:
                 digest.update(f"{layer}{tuple(tensor.shape)}".encode())
                 digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored factors occupy."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for delta in self._layers.values()
-            for tensor in delta.tensors
-        )
+        """Bytes that the stored tensors occupy, with those for text encoders."""
+        tensors = [tensor for delta in self._layers.values() for tensor in delta.tensors]
+        tensors += [*self._biases.values(), *self._norms.values()]
+        text_encoders = sum(part.nbytes for part in self._text_encoders.values())
+        return text_encoders + sum(tensor.nbytes for tensor in tensors)
 
     def check_fits(self, module_shapes: Mapping[str, tuple[int, int]]) -> None:
         """Make sure that the adapter is for a model with these layers.
@@ -209,21 +370,21 @@ class LoRA:
         Raises:
             LoRAFormatError: A layer is missing in the model or has another shape.
         """
-        for layer, delta in self._layers.items():
-            shape = module_shapes.get(layer)
-            if shape is None:
-                problem = f"changes layer {layer}, which the model does not have"
-            elif tuple(shape) != delta.shape:
-                problem = (
-                    f"has shape {list(delta.shape)} at layer {layer}, "
-                    f"where the model has {list(shape)}"
-                )
-            else:
-                continue
+        shapes = {layer: delta.shape for layer, delta in self._layers.items()}
+        for layer, bias in self._biases.items():
+            _, in_features = module_shapes.get(layer, (0, 0))
+            shapes.setdefault(layer, (int(bias.shape[0]), in_features))
+        check_shapes(self.name, shapes, module_shapes)
+
+    def _low_rank_layer(self, layer: str) -> LayerDelta:
+        delta = self._layer(layer)
+        if not delta.is_low_rank:
+            kinds = " and ".join(sorted({piece.algorithm for piece in delta.pieces}))
             raise LoRAFormatError(
-                f"LoRA {shown(self.name)!r} {problem}: it was made for another base model or size; "
-                "use one made for this model."
+                f"Layer {layer} of LoRA {shown(self.name)!r} is {kinds} and has no low-rank "
+                "factors; approximate it with low_rank(), or merge the adapter."
             )
+        return delta
 
     def _layer(self, layer: str) -> LayerDelta:
         delta = self._layers.get(layer)
@@ -234,10 +395,3 @@ class LoRA:
                 f"LoRA {shown(self.name)!r} does not change layer {shown(layer)!r}{hint}"
             )
         return delta
-
-
-def _layer_from_pair(name: str, layer: str, A: Tensor, B: Tensor) -> LayerDelta:
-    check_pair(name, layer, A, B)
-    out_features, in_features = int(B.shape[0]), int(A.shape[1])
-    piece = LowRank(A.detach(), B.detach(), 1.0, (slice(0, out_features),))
-    return LayerDelta(out_features, in_features, (piece,))

@@ -13,10 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autolora.adapters.fields import finite_number
+from autolora.adapters.namings import Part
+from autolora.adapters.reader import LARGEST_VALUE
 from autolora.errors import LoRAFormatError, shown
 
 _HEADER_KEY = "lora_adapter_metadata"
-_COMPONENT = "transformer."
+COMPONENTS: Mapping[Part, str] = {
+    "dit": "transformer.",
+    "clip": "text_encoder.",
+    "t5": "text_encoder_2.",
+}
+"""What diffusers puts before the names of each model's entries."""
 _SIDECAR = "adapter_config.json"
 
 
@@ -28,11 +36,16 @@ class PeftConfig:
         alpha: ``lora_alpha`` of layers without their own; None means the rank.
         alpha_pattern: Alpha by module name pattern, first match wins.
         use_rslora: Divide by the square root of the rank (https://arxiv.org/abs/2312.03732).
+        rank: ``r`` of layers without their own; only kept for PEFT's LoKr, which counts it even
+            where both matrices are stored whole and no rank shows.
+        rank_pattern: Rank by module name pattern, first match wins.
     """
 
     alpha: float | None = None
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    rank: float | None = None
+    rank_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def scale(self, module: str, rank: int) -> float:
         """Factor on ``B @ A`` of a module.
@@ -44,22 +57,39 @@ class PeftConfig:
         Returns:
             ``alpha / rank``, or ``alpha / sqrt(rank)`` for rank-stabilized LoRA.
         """
-        alpha = self.alpha
-        for pattern, value in self.alpha_pattern.items():
-            if _pattern_matches(pattern, module):
-                alpha = value
-                break
+        alpha = _of_module(self.alpha_pattern, module, self.alpha)
         if alpha is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def whole_scale(self, module: str) -> float:
+        """Factor on a Kronecker product of two matrices that are stored whole.
 
-def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
+        Args:
+            module: Module path without the component's prefix.
+
+        Returns:
+            ``alpha / r`` for PEFT's LoKr, 1 for everyone else's.
+        """
+        alpha = _of_module(self.alpha_pattern, module, self.alpha)
+        rank = _of_module(self.rank_pattern, module, self.rank)
+        return 1.0 if alpha is None or not rank else alpha / rank
+
+
+def _of_module(patterns: Mapping[str, float], module: str, other: float | None) -> float | None:
+    """The value of the first pattern that a module's name matches."""
+    return next(
+        (value for pattern, value in patterns.items() if _pattern_matches(pattern, module)), other
+    )
+
+
+def read_peft_config(path: Path, metadata: Mapping[str, str], part: Part = "dit") -> PeftConfig:
     """Read the configuration that belongs to a file.
 
     Args:
         path: The LoRA file.
         metadata: Its header's text entries.
+        part: The model that it is wanted for.
 
     Returns:
         The configuration; one of scale 1 where there is none.
@@ -69,9 +99,12 @@ def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
     """
     text = metadata.get(_HEADER_KEY)
     source = f"header entry {_HEADER_KEY}"
-    sidecar = path.parent / _SIDECAR
-    if text is None and path.stem.startswith("adapter_model") and sidecar.is_file():
-        source = _SIDECAR
+    # `pool add` names the configuration after the file, which may then have any name.
+    sidecar = path.with_name(f"{path.stem}.{_SIDECAR}")
+    if path.stem.startswith("adapter_model") and not sidecar.is_file():
+        sidecar = path.with_name(_SIDECAR)
+    if text is None and sidecar.is_file():
+        source = sidecar.name
         try:
             text = sidecar.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -84,31 +117,40 @@ def read_peft_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
         raise _unreadable(path, source, "is not JSON") from error
     if not isinstance(entries, dict):
         raise _unreadable(path, source, "is not a JSON object")
-    return _from_entries(path, source, entries)
+    return _from_entries(path, source, entries, COMPONENTS[part])
 
 
-def _from_entries(path: Path, source: str, entries: Mapping[str, Any]) -> PeftConfig:
+def _from_entries(
+    path: Path, source: str, entries: Mapping[str, Any], component: str
+) -> PeftConfig:
     def entry(name: str) -> Any:
-        return entries.get(_COMPONENT + name, entries.get(name))
+        return entries.get(component + name, entries.get(name))
 
     def number(name: str, value: object) -> float:
-        finite = isinstance(value, int | float) and not isinstance(value, bool)
-        if not finite or not math.isfinite(value):  # type: ignore[arg-type]
-            raise _unreadable(path, source, f"has {name} {shown(value)!r}, not a number")
-        return float(value)  # type: ignore[arg-type]
+        found = None if isinstance(value, str) else finite_number(value)
+        if found is None or abs(found) > LARGEST_VALUE:
+            raise _unreadable(path, source, f"has {name} {shown(value)!r}, not a usable number")
+        return found
 
-    alpha, pattern = entry("lora_alpha"), entry("alpha_pattern") or {}
-    if not isinstance(pattern, dict):
-        raise _unreadable(path, source, "has an alpha_pattern that is not a JSON object")
-    for name in pattern:
-        if not _is_safe(name):
-            raise _unreadable(path, source, f"has a pattern {shown(name)!r} that is not supported")
+    def patterns(of: str) -> dict[str, float]:
+        found = entry(of) or {}
+        if not isinstance(found, dict):
+            raise _unreadable(path, source, f"has an {of} that is not a JSON object")
+        for name in found:
+            if not _is_safe(name):
+                problem = f"has a pattern {shown(name)!r} that is not supported"
+                raise _unreadable(path, source, problem)
+        return {str(name): number(of, value) for name, value in found.items()}
+
+    # PEFT's LoKr and LoHa call it plain alpha.
+    alpha = entry("alpha") if entry("lora_alpha") is None else entry("lora_alpha")
+    is_lokr = entry("peft_type") == "LOKR" and entry("r") is not None
     return PeftConfig(
         alpha=None if alpha is None else number("lora_alpha", alpha),
-        alpha_pattern={
-            str(name): number("alpha_pattern", value) for name, value in pattern.items()
-        },
+        alpha_pattern=patterns("alpha_pattern"),
         use_rslora=entry("use_rslora") is True,
+        rank=number("r", entry("r")) if is_lokr else None,
+        rank_pattern=patterns("rank_pattern") if is_lokr else {},
     )
 
 

@@ -9,11 +9,14 @@ module but `read_tensors` needs torch.
 
 import hashlib
 import json
+import math
 import os
+import stat
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +25,13 @@ from autolora.errors import LoRAFormatError, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 32 << 20
+"""Longest header that is parsed; real ones, with pictures in them, have a few MB."""
+MAX_HEADER_ITEMS = 1_000_000
+"""Most commas and brackets in a header: bounds the memory that decoding it takes."""
+MAX_DIMENSIONS = 32
+LARGEST_VALUE = 1e6
+"""Largest magnitude of a weight or alpha that is believed; products of several stay finite."""
 _HASH_CHUNK_BYTES = 1 << 20
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -47,12 +56,10 @@ _TORCH_DTYPES: Mapping[str, str] = {
 NUMBER_DTYPES = frozenset(_TORCH_DTYPES)
 FLOAT_DTYPES = frozenset(name for name in NUMBER_DTYPES if name[0] in "FB")
 
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""First bytes of the archives and plain pickles that ``torch.save`` writes."""
+
 _FOREIGN_STARTS: tuple[tuple[bytes, str], ...] = (
-    (b"PK\x03\x04", "a pickle archive (.pt, .ckpt), which can run code when opened"),
-    (b"\x80\x02", "a pickle (.pt, .ckpt), which can run code when opened"),
-    (b"\x80\x03", "a pickle (.pt, .ckpt), which can run code when opened"),
-    (b"\x80\x04", "a pickle (.pt, .ckpt), which can run code when opened"),
-    (b"\x80\x05", "a pickle (.pt, .ckpt), which can run code when opened"),
     (b"GGUF", "a GGUF file"),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
     (b"<", "a web page, as a failed download leaves"),
@@ -83,11 +90,67 @@ class Header:
         metadata: Free text entries (``__metadata__``).
         tensors: Element type, shape and place by key, in the order of the header.
         data_start: Where the data begins, in bytes after the start of the file.
+        stamp: The file as it was when the header was read; `read_tensors` compares it.
     """
 
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
     data_start: int
+    stamp: "FileStamp | None" = None
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What tells one version of a file from another without reading it.
+
+    Attributes:
+        device: Device that holds the file.
+        inode: Its number there.
+        size: Its size in bytes.
+        mtime_ns: When it was last written, in nanoseconds since 1970.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: BufferedReader) -> "FileStamp":
+        """Read the stamp of an open file."""
+        found = os.fstat(file.fileno())
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file, and only a file: a pipe would block and a device may never end.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The open file; its user closes it.
+
+    Raises:
+        LoRAFormatError: It does not exist, is no regular file, or must not be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        if os.name == "nt" and path.is_dir():
+            raise IsADirectoryError
+        file = open(path, "rb", opener=lambda name, _: os.open(name, flags))  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise _unusable(path, "does not exist; check the path") from error
+    except IsADirectoryError as error:
+        raise _unusable(path, "is a folder; name a .safetensors file in it") from error
+    except PermissionError as error:
+        raise _unusable(path, "must not be read by you; change its permissions") from error
+    except (OSError, ValueError) as error:
+        raise _unusable(path, f"cannot be opened: {_why(error)}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _unusable(path, "is a pipe or device, not a file; name a .safetensors file")
+    return file
 
 
 def read_header(path: Path) -> Header:
@@ -102,7 +165,12 @@ def read_header(path: Path) -> Header:
     Raises:
         LoRAFormatError: The file cannot be read or is not a whole, valid safetensors file.
     """
-    raw, data_bytes = _read_header_bytes(path)
+    with open_file(path) as file:
+        stamp = FileStamp.of(file)
+        try:
+            raw = _read_header_bytes(path, file, stamp.size)
+        except OSError as error:
+            raise _unusable(path, f"cannot be read: {_why(error)}") from error
     entries = _parse_json(path, raw)
     metadata = _check_metadata(path, entries.pop("__metadata__", {}))
     spans: list[tuple[int, int, str]] = []
@@ -110,8 +178,8 @@ def read_header(path: Path) -> Header:
     for key, entry in entries.items():
         tensors[key], end = _check_entry(path, key, entry)
         spans.append((tensors[key].begin, end, key))
-    _check_spans(path, spans, data_bytes)
-    return Header(metadata, tensors, 8 + len(raw))
+    _check_spans(path, spans, stamp.size - 8 - len(raw))
+    return Header(metadata, tensors, 8 + len(raw), stamp)
 
 
 def read_tensors(path: Path, header: Header, keys: Iterable[str]) -> "dict[str, Tensor]":
@@ -126,23 +194,25 @@ def read_tensors(path: Path, header: Header, keys: Iterable[str]) -> "dict[str, 
         CPU tensors in the dtype of the file, by key.
 
     Raises:
-        LoRAFormatError: The file cannot be read, or has become shorter.
+        LoRAFormatError: The file cannot be read, or has changed since its header was read.
     """
     import torch
 
     tensors: dict[str, Tensor] = {}
-    try:
-        with path.open("rb") as file:
+    with open_file(path) as file:
+        _check_unchanged(path, file, header)
+        try:
             for key in sorted(keys, key=lambda key: header.tensors[key].begin):
                 info = header.tensors[key]
                 tensor = torch.empty(info.shape, dtype=getattr(torch, _TORCH_DTYPES[info.dtype]))
                 raw = tensor.reshape(-1).view(torch.uint8).numpy()
                 file.seek(header.data_start + info.begin)
                 if file.readinto(raw.data) != raw.nbytes:
-                    raise _unusable(path, "became shorter while it was read; load it again")
+                    raise _changed(path)
                 tensors[key] = tensor
-    except OSError as error:
-        raise _unusable(path, f"cannot be read: {shown(error.strerror)}") from error
+        except OSError as error:
+            raise _unusable(path, f"cannot be read: {_why(error)}") from error
+        _check_unchanged(path, file, header)
     return tensors
 
 
@@ -159,13 +229,13 @@ def file_sha256(path: Path) -> str:
         LoRAFormatError: The file cannot be read.
     """
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
+    with open_file(path) as file:
+        try:
             while chunk := file.read(_HASH_CHUNK_BYTES):
                 digest.update(chunk)
-        return digest.hexdigest()
-    except OSError as error:
-        raise _unusable(path, f"cannot be read: {shown(error.strerror)}") from error
+        except OSError as error:
+            raise _unusable(path, f"cannot be read: {_why(error)}") from error
+    return digest.hexdigest()
 
 
 def _unusable(path: Path, problem: str) -> LoRAFormatError:
@@ -176,28 +246,35 @@ def _damaged(path: Path, problem: str) -> LoRAFormatError:
     return _unusable(path, f"is not a valid safetensors file: {problem}; download or save it again")
 
 
-def _read_header_bytes(path: Path) -> tuple[bytes, int]:
-    """Read the JSON bytes of a header, and the size of the data behind it."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(32)
-            _refuse_other_kinds(path, start, size)
-            (length,) = struct.unpack("<Q", start[:8])
-            if length > MAX_HEADER_BYTES:
-                raise _damaged(
-                    path, f"its header claims {length} bytes, more than {MAX_HEADER_BYTES}"
-                )
-            if length > size - 8:
-                raise _damaged(path, f"its header claims {length} bytes but only {size - 8} follow")
-            file.seek(8)
-            return file.read(length), size - 8 - length
-    except FileNotFoundError as error:
-        raise _unusable(path, "does not exist; check the path") from error
-    except IsADirectoryError as error:
-        raise _unusable(path, "is a folder; name a .safetensors file in it") from error
-    except (OSError, ValueError) as error:
-        raise _unusable(path, f"cannot be opened: {shown(error)}") from error
+def _why(error: Exception) -> str:
+    return shown(getattr(error, "strerror", None) or error)
+
+
+def _changed(path: Path) -> LoRAFormatError:
+    return _unusable(path, "changed while it was read; load it again when it is complete")
+
+
+def _check_unchanged(path: Path, file: BufferedReader, header: Header) -> None:
+    if header.stamp is not None and FileStamp.of(file) != header.stamp:
+        raise _changed(path)
+
+
+def _read_header_bytes(path: Path, file: BufferedReader, size: int) -> bytes:
+    """Read the JSON bytes of a header."""
+    start = file.read(32)
+    _refuse_other_kinds(path, start, size)
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > size - 8:
+        raise _damaged(path, f"its header claims {length} bytes but only {size - 8} follow")
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, f"its header has {length} bytes, more than {MAX_HEADER_BYTES}")
+    file.seek(8)
+    raw = file.read(length)
+    if len(raw) != length:
+        raise _changed(path)
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_HEADER_ITEMS:
+        raise _damaged(path, f"its header has more than {MAX_HEADER_ITEMS} items")
+    return raw
 
 
 def _refuse_other_kinds(path: Path, start: bytes, size: int) -> None:
@@ -205,6 +282,12 @@ def _refuse_other_kinds(path: Path, start: bytes, size: int) -> None:
         raise _unusable(path, "is empty; download or save it again")
     # A safetensors file may begin with any byte, so a header that would fit speaks first.
     fits = len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= size - 8
+    if start.startswith(PICKLE_STARTS) and not fits:
+        raise _unusable(
+            path,
+            "is a pickle (.pt, .ckpt, .bin), which can run code when opened; get a .safetensors "
+            "file, or convert it with `autolora pool add --allow-pickle`",
+        )
     for magic, kind in _FOREIGN_STARTS:
         if start.startswith(magic) and not fits:
             raise _unusable(path, f"is {kind}; only safetensors files are read")
@@ -254,12 +337,15 @@ def _check_entry(path: Path, key: str, entry: object) -> tuple[TensorInfo, int]:
         raise bad(f"has unknown dtype {shown(dtype)!r}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise bad("has a shape that is not a list of sizes")
+    if len(shape) > MAX_DIMENSIONS:
+        raise bad(f"has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise bad("has data_offsets that are not two positions")
     begin, end = offsets
-    expected = width
-    for dim in shape:
-        expected *= dim
+    # No tensor without values needs sizes whose product overflows.
+    if math.prod(dim for dim in shape if dim) >= 2**63:
+        raise bad(f"has a shape too large for any file, {shape}")
+    expected = width * math.prod(shape)
     if end - begin != expected:
         raise bad(f"of shape {shape} and dtype {dtype} needs {expected} bytes, not {end - begin}")
     return TensorInfo(str(dtype), tuple(shape), begin), end

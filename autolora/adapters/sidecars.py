@@ -4,16 +4,66 @@ A parser takes the decoded entries and returns the fields it understands with a 
 entry it does not. Parsers never raise: people's files hold anything.
 """
 
-import json
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from html import unescape
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
-Fields = tuple[dict[str, Any], list[str]]
+import yaml
 
-MAX_SUGGESTED_TAGS = 20
+from autolora.adapters.fields import FieldReader, Fields, decode_json, mapping
+from autolora.errors import shown
+
+MAX_YAML_CHARS = 1 << 18
+MAX_PROMPTS = 8
+"""Most example prompts of a model page that are taken as captions."""
+MAX_PROMPT = 600
+
+USER_SUFFIX = ".autolora.yaml"
+USER_KEYS = (
+    "title",
+    "description",
+    "trigger_words",
+    "tags",
+    "base_model",
+    "strength",
+    "strength_min",
+    "strength_max",
+    "captions",
+)
+"""Keys of ``<stem>.autolora.yaml``."""
+
+
+def parse_user(entries: Mapping[str, Any]) -> Fields:
+    """Read ``<stem>.autolora.yaml``, the user's own word, which wins over all other sources.
+
+    Keys are `USER_KEYS`; lists may also be texts with commas. A key with an empty value says that
+    there is nothing: ``trigger_words: []`` silences what other sources claim.
+
+    Args:
+        entries: The decoded file.
+
+    Returns:
+        Fields and problems.
+    """
+    fields = FieldReader(entries)
+    for name in ("title", "description", "base_model"):
+        fields.text(name, name)
+    for name in ("trigger_words", "tags"):
+        fields.words(name, name)
+    fields.number("preferred_strength", "strength")
+    fields.bounds("strength_min", "strength_max")
+    captions = entries.get("captions")
+    fields.texts("captions", captions if isinstance(captions, list) else [captions], 50, 2000)
+    for key in entries:
+        if key not in USER_KEYS:
+            close = get_close_matches(str(key), USER_KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(USER_KEYS)}."
+            fields.problems.append(f"unknown key {shown(key, 60)!r}; {hint}")
+    for name in ("description", "trigger_words", "tags", "captions"):
+        if name in entries and entries[name] in ("", []):
+            fields.values[name] = "" if name == "description" else []
+    return fields.result
 
 
 def parse_lora_manager(entries: Mapping[str, Any]) -> Fields:
@@ -25,10 +75,10 @@ def parse_lora_manager(entries: Mapping[str, Any]) -> Fields:
     Returns:
         Fields and problems.
     """
-    fields = _Reader(entries)
-    civitai = _mapping(entries.get("civitai"))
+    fields = FieldReader(entries)
+    civitai = mapping(entries.get("civitai"))
     usage = entries.get("usage_tips")
-    tips = _mapping(_decode(usage) if isinstance(usage, str) else usage)
+    tips = mapping(decode_json(usage) if isinstance(usage, str) else usage)
     fields.text("title", "model_name")
     fields.text("description", "modelDescription")
     fields.words("tags", "tags")
@@ -36,6 +86,8 @@ def parse_lora_manager(entries: Mapping[str, Any]) -> Fields:
     fields.words("trigger_words", "trainedWords", civitai)
     fields.number("preferred_strength", "strength", tips)
     fields.bounds("strength_min", "strength_max", tips)
+    fields.range("strength_range", tips)
+    _prompts(fields, civitai)
     return fields.result
 
 
@@ -48,7 +100,7 @@ def parse_a1111(entries: Mapping[str, Any]) -> Fields:
     Returns:
         Fields and problems.
     """
-    fields = _Reader(entries)
+    fields = FieldReader(entries)
     fields.text("description", "description")
     fields.text("base_model", "sd version")
     fields.words("trigger_words", "activation text")
@@ -67,8 +119,8 @@ def parse_civitai(entries: Mapping[str, Any]) -> Fields:
     Returns:
         Fields and problems.
     """
-    fields = _Reader(entries)
-    model = _mapping(entries.get("model"))
+    fields = FieldReader(entries)
+    model = mapping(entries.get("model"))
     fields.text("title", "name", model)
     fields.text("title", "name")
     fields.text("description", "description")
@@ -77,11 +129,42 @@ def parse_civitai(entries: Mapping[str, Any]) -> Fields:
     fields.words("tags", "tags")
     fields.text("base_model", "baseModel")
     fields.words("trigger_words", "trainedWords")
+    _prompts(fields, entries)
+    return fields.result
+
+
+def parse_card(entries: Mapping[str, Any]) -> Fields:
+    """Read the front matter of a Hugging Face model card.
+
+    Args:
+        entries: The decoded front matter, with the first heading of the text as ``heading``.
+
+    Returns:
+        Fields and problems; ``covers`` holds paths of pictures as the card gives them.
+    """
+    fields = FieldReader(entries)
+    fields.text("title", "pretty_name")
+    fields.text("title", "heading")
+    base = entries.get("base_model")
+    first = base[0] if isinstance(base, list) and base else base
+    fields.text("base_model", "base_model", {"base_model": first})
+    if entries.get("instance_prompt") not in ("null", "None", "~", ""):
+        fields.words("trigger_words", "instance_prompt")
+    fields.words("tags", "tags")
+    widget = entries.get("widget")
+    examples = [mapping(example) for example in widget] if isinstance(widget, list) else []
+    fields.texts("captions", (example.get("text") for example in examples), MAX_PROMPTS, MAX_PROMPT)
+    urls = (mapping(example.get("output")).get("url") for example in examples)
+    if covers := [url for url in urls if isinstance(url, str)]:
+        fields.values["covers"] = covers
     return fields.result
 
 
 def parse_header(entries: Mapping[str, Any]) -> Fields:
     """Read the text entries of a safetensors header.
+
+    ``ss_tag_frequency`` counts the captions of the training set: it suggests words, but nobody
+    said that they are trigger words or tags.
 
     Args:
         entries: The header's ``__metadata__``.
@@ -89,13 +172,15 @@ def parse_header(entries: Mapping[str, Any]) -> Fields:
     Returns:
         Fields and problems.
     """
-    fields = _Reader(entries)
-    for name in ("modelspec.title", "ss_output_name", "name"):
+    fields = FieldReader(entries)
+    for name in ("modelspec.title", "ssmd_display_name", "ss_output_name", "name"):
         fields.text("title", name)
-    for name in ("modelspec.description", "ss_training_comment"):
+    for name in ("modelspec.description", "ssmd_description", "ss_training_comment"):
         fields.text("description", name)
-    fields.words("trigger_words", "modelspec.trigger_phrase")
-    fields.words("tags", "modelspec.tags")
+    for name in ("modelspec.trigger_phrase", "ssmd_keywords"):
+        fields.words("trigger_words", name)
+    for name in ("modelspec.tags", "ssmd_tags"):
+        fields.words("tags", name)
     fields.tag_frequency("ss_tag_frequency")
     for name in ("modelspec.architecture", "ss_base_model_version"):
         fields.text("base_model", name)
@@ -111,7 +196,7 @@ def parse_text(entries: Mapping[str, Any]) -> Fields:
     Returns:
         Fields and problems.
     """
-    fields = _Reader(entries)
+    fields = FieldReader(entries)
     fields.text("description", "text")
     return fields.result
 
@@ -123,122 +208,67 @@ SIDECARS: tuple[tuple[str, Callable[[Mapping[str, Any]], Fields]], ...] = (
 )
 """JSON files beside a LoRA by what follows its stem, in the order they are asked."""
 
+CARD_SUFFIX = ".README.md"
+TEXT_SUFFIXES = (".description.txt", ".txt")
+CAPTIONS_SUFFIX = ".captions.json"
 
-class _Reader:
-    """Takes typed fields out of untyped entries, and notes what has the wrong type."""
-
-    def __init__(self, entries: Mapping[str, Any]) -> None:
-        self._entries = entries
-        self._fields: dict[str, Any] = {}
-        self._problems: list[str] = []
-
-    @property
-    def result(self) -> Fields:
-        return self._fields, self._problems
-
-    def text(self, field: str, name: str, entries: Mapping[str, Any] | None = None) -> None:
-        value = self._get(name, entries)
-        if value is None or field in self._fields:
-            return
-        if not isinstance(value, str):
-            self._problems.append(f"{name} is not text; not used.")
-        elif plain := plain_text(value):
-            self._fields[field] = plain
-
-    def words(self, field: str, name: str, entries: Mapping[str, Any] | None = None) -> None:
-        value = self._get(name, entries)
-        if value is None or field in self._fields:
-            return
-        listed = value.split(",") if isinstance(value, str) else value
-        if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):
-            self._problems.append(f"{name} is not a list of words; not used.")
-        elif unique := _unique(listed):
-            self._fields[field] = unique
-
-    def number(self, field: str, name: str, entries: Mapping[str, Any] | None = None) -> None:
-        value = self._get(name, entries)
-        if value is None or value == "":
-            return
-        number = finite_number(value)
-        if number is None:
-            self._problems.append(f"{name} is not a number; not used.")
-        else:
-            self._fields[field] = number
-
-    def bounds(self, low_name: str, high_name: str, entries: Mapping[str, Any]) -> None:
-        low, high = finite_number(entries.get(low_name)), finite_number(entries.get(high_name))
-        if low is not None and high is not None:
-            if low <= high:
-                self._fields["strength_bounds"] = (low, high)
-            else:
-                self._problems.append(f"{low_name} is above {high_name}; not used.")
-
-    def tag_frequency(self, name: str) -> None:
-        """Most frequent caption tags of the training set: suggestions, so asked last."""
-        value = self._get(name, None)
-        if value is None or "tags" in self._fields:
-            return
-        counts: dict[str, float] = {}
-        for tags in _mapping(_decode(value)).values():
-            for tag, count in _mapping(tags).items():
-                counts[tag] = counts.get(tag, 0) + (finite_number(count) or 0)
-        tags = sorted(counts, key=lambda tag: (-counts[tag], tag))
-        if unique := _unique(tags)[:MAX_SUGGESTED_TAGS]:
-            self._fields["tags"] = unique
-
-    def _get(self, name: str, entries: Mapping[str, Any] | None) -> Any:
-        return (self._entries if entries is None else entries).get(name)
+SIDECAR_SUFFIXES: tuple[str, ...] = (
+    USER_SUFFIX,
+    *(suffix for suffix, _ in SIDECARS),
+    CARD_SUFFIX,
+    *TEXT_SUFFIXES,
+    CAPTIONS_SUFFIX,
+)
+"""All files beside a LoRA, pictures aside, by what follows its stem."""
 
 
-def finite_number(value: object) -> float | None:
-    """Read a number from JSON.
+def load_yaml(text: str) -> Any:
+    """Decode YAML without interpreting it: every scalar stays the text that was written.
+
+    Trigger words such as ``no`` or ``1e3`` are words, and no tag can make an object.
 
     Args:
-        value: A number, or text that spells one.
+        text: The file's text.
 
     Returns:
-        The finite number, or None.
+        Texts, lists and dictionaries.
+
+    Raises:
+        ValueError: It is no YAML, or is longer than `MAX_YAML_CHARS`.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
+    if len(text) > MAX_YAML_CHARS:
+        raise ValueError("too long")
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError("not YAML") from error
 
 
-def plain_text(text: str) -> str:
-    """Reduce HTML, as model sites store it, to plain text.
+def load_card(text: str) -> dict[str, Any] | None:
+    """Decode the front matter of a model card.
 
     Args:
-        text: Text with or without tags and entities.
+        text: Text of a ``README.md``.
 
     Returns:
-        The text without tags, in single-spaced lines.
+        Its entries and the first heading as ``heading``; None where there is no front matter.
+
+    Raises:
+        ValueError: The front matter is no YAML, or no table.
     """
-    if re.search(r"</?[a-zA-Z][^<>]*>", text):
-        text = unescape(re.sub(r"</?[a-zA-Z][^<>]*>", " ", text))
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    return "\n".join(line for line in lines if line)
-
-
-def _unique(words: Iterable[str]) -> list[str]:
-    """Words without blanks and repetitions, in order; case does not make a difference."""
-    kept: dict[str, str] = {}
-    for word in words:
-        clean = " ".join(word.split()).strip(",").strip()
-        if clean:
-            kept.setdefault(clean.casefold(), clean)
-    return list(kept.values())
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _decode(text: object) -> Any:
-    try:
-        return json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
+    found = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", text[: 2 * MAX_YAML_CHARS], re.DOTALL)
+    if found is None:
         return None
+    entries = load_yaml(found.group(1))
+    if not isinstance(entries, dict):
+        raise ValueError("front matter is no table")
+    heading = re.search(r"^# +(\S[^\n]*)$", text[found.end() :], re.MULTILINE)
+    return {"heading": heading.group(1) if heading else "", **entries}
+
+
+def _prompts(fields: FieldReader, version: Mapping[str, Any]) -> None:
+    """Prompts of the example pictures of a Civitai model version: they describe what it draws."""
+    images = version.get("images")
+    listed = images if isinstance(images, list) else []
+    metas = [mapping(mapping(image).get("meta")) for image in listed]
+    fields.texts("captions", (meta.get("prompt") for meta in metas), MAX_PROMPTS, MAX_PROMPT)

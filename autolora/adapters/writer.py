@@ -49,14 +49,17 @@ def save_lora(
     """Write a LoRA file, replacing an old one only when the new one is complete.
 
     The delta of a layer is ``B @ A``, whatever `alpha` is: with an alpha other than the rank, B is
-    divided by the ``alpha / rank`` that readers will multiply by. The formats ``kohya`` and
-    ``ai-toolkit`` hold alpha as tensors, ``diffusers`` in its header; ``diffsynth`` has no place
-    for it, and is written at scale 1. ``diffusers`` divides fused layers: A is copied, B sliced.
+    divided by the ``alpha / rank`` that readers will multiply by. Formats hold alpha as tensors,
+    ``diffusers`` in its header; those without a place for it (``peft``, ``fal``, ``xlabs``,
+    ``diffsynth``) are written at scale 1. Where a format divides fused layers, A is copied and B
+    sliced.
 
     Args:
         path: File to write; missing folders are made.
         factors: ``A [r, in]`` and ``B [out, r]`` by canonical layer name, the scale folded in.
-        format: ``kohya``, ``diffusers``, ``ai-toolkit`` or ``diffsynth``.
+        format: A name in `autolora.adapters.formats.FORMATS`: ``kohya``, ``diffusers``,
+            ``peft``, ``ai-toolkit``, ``fal``, ``xlabs``, ``onetrainer``, ``onetrainer-bfl``,
+            ``lycoris``, ``lycoris-bfl``, ``bfl`` or ``diffsynth``.
         alpha: Alpha of every layer; None for the rank of each.
         metadata: Header entries; values that are not text are written as JSON.
         dtype: ``float32``, ``float16`` or ``bfloat16``; None keeps that of the factors.
@@ -84,13 +87,13 @@ def save_lora(
     for layer, (A, B) in factors.items():
         check_pair(Path(path).stem, layer, A, B)
         rank = int(A.shape[0])
-        if alpha is not None and entry.name != "diffsynth":
+        if alpha is not None and entry.alpha != "nowhere":
             B = B.to(torch.float64) / (alpha / rank)
         for module, piece in _pieces(entry, layer, B):
             kept = A.dtype if A.dtype in _DTYPE_NAMES else torch.float32
             tensors |= _piece_tensors(entry, module, A, piece, alpha, target_dtype or kept)
             peft_ranks[module.removeprefix(entry.prefixes[0])] = rank
-    if alpha is not None and entry.peft_header:
+    if alpha is not None and entry.alpha == "header":
         header.setdefault("lora_adapter_metadata", _peft_header(alpha, peft_ranks))
     return _write_atomically(Path(path), tensors, header)
 
@@ -110,6 +113,13 @@ def _pieces(entry: Format, layer: str, B: Tensor) -> list[tuple[str, Tensor]]:
         rows = output_slices(parsed.type, int(B.shape[0]))
     except ValueError as error:
         raise LoRAFormatError(f"Layer {shown(layer)} cannot be divided: {error}.") from error
+    written = {name for _, names in modules for name in names}
+    for name, where in rows.items():
+        if name not in written and B[where].count_nonzero():
+            raise LoRAFormatError(
+                f"Format {entry.name} has no name for the {name} rows of layer {shown(layer)!r}; "
+                "choose another format."
+            )
     return [(module, torch.cat([B[rows[name]] for name in names])) for module, names in modules]
 
 
@@ -121,7 +131,7 @@ def _piece_tensors(
     for key, tensor in written.items():
         if not is_finite(tensor):
             raise LoRAFormatError(f"{key} does not fit in {dtype}; write it as float32 instead.")
-    if entry.name == "kohya" or (alpha is not None and entry.name == "ai-toolkit"):
+    if entry.alpha == "tensor" or (alpha is not None and entry.alpha == "optional tensor"):
         value = A.shape[0] if alpha is None else alpha
         written[f"{module}.alpha"] = torch.tensor(float(value), dtype=torch.float32)
     return written

@@ -109,7 +109,8 @@ def metadata_texts(metadata: Metadata) -> list[tuple[str, str]]:
     if title := readable(metadata.title):
         found.append(("title", title))
     found += [("trigger", _one_line(word)) for word in metadata.trigger_words]
-    found += [("tag", _one_line(tag)) for tag in metadata.tags]
+    # Frequent words of the training captions say what it is about where its author does not.
+    found += [("tag", _one_line(tag)) for tag in metadata.tags or metadata.suggestions]
     if description := _one_line(metadata.description):
         found.append(("description", description[:400]))
     found = [pair for pair in dict.fromkeys(found) if pair[1]][: MAX_ROWS_PER_LORA - 1]
@@ -195,7 +196,8 @@ def sidecar_stamps(folder: Path, stems: dict[str, Path]) -> dict[str, str]:
         stems: LoRA files of that folder by the key that the result shall have.
 
     Returns:
-        Names, sizes and times of the files that start with the LoRA's stem and a dot, as JSON.
+        Names, sizes and times of the files that start with the LoRA's stem and a dot, and of the
+        folder's model card, as JSON.
     """
     beside: dict[str, list[tuple[str, int, int]]] = {}
     for file in sorted(folder.iterdir()):
@@ -207,4 +209,6 @@ def sidecar_stamps(folder: Path, stems: dict[str, Path]) -> dict[str, str]:
         parts = file.name.split(".")
         for cut in range(1, len(parts)):
             beside.setdefault(".".join(parts[:cut]), []).append(entry)
-    return {key: json.dumps(beside.get(path.stem, [])) for key, path in stems.items()}
+    # A folder's README.md may be the model card of the only LoRA in it.
+    card = [entry for entry in beside.get("README", []) if entry[0] == "README.md"]
+    return {key: json.dumps(beside.get(path.stem, []) + card) for key, path in stems.items()}

@@ -89,7 +89,7 @@ def read_factors(lora: LoRA, layers: Sequence[str]) -> Tensor:
     for layer in layers:
         if layer not in lora:
             continue
-        A, B = lora.factors(layer)
+        A, B = lora.leading_factors(layer)
         values, vectors = torch.linalg.eigh((B.T @ B).double())
         factor = values.clamp_min(0).sqrt()[:, None] * (vectors.T @ A.double())
         norm = torch.linalg.matrix_norm(factor @ factor.T)

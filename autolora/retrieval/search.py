@@ -212,8 +212,7 @@ class Searcher:
         for number, results in enumerate(self.index.search("texts", vectors.numpy(), CANDIDATES)):
             for lora, similarity, row in results:
                 text = self.index.texts[row]
-                centre, slope = _TEXT_LOGISTIC[text.kind]
-                p = _TEXT_CERTAINTY / (1 + math.exp(-slope * (similarity - centre)))
+                p = self._text_probability(text.kind, similarity)
                 key = (number, lora)
                 if key not in found or found[key].probability < p:
                     shown = text.text.partition("\n")[0]
@@ -221,6 +220,18 @@ class Searcher:
                     why = f'{kind} close to "{texts[number]}" ({similarity:.2f}): "{shown[:60]}"'
                     found[key] = Evidence(lora, "texts", number, p, why, covers[number])
         return list(found.values())
+
+    def _text_probability(self, kind: str, similarity: float) -> float:
+        """Probability that metadata is meant, by its cosine with a part of the prompt."""
+        centre, slope = _TEXT_LOGISTIC[kind]
+        if hasattr(self.text_encoder, "logistic"):
+            measured = self.text_encoder.logistic
+            if measured is None:
+                # Without anything to compare with, similarities only order the pool.
+                return min(max(similarity, 0.0), 1.0) * 0.5 * _TEXT_CERTAINTY
+            # Of texts that are not names, as much more is asked as of MiniLM.
+            centre, slope = measured.centre + centre - _TEXT_LOGISTIC["title"][0], measured.slope
+        return _TEXT_CERTAINTY / (1 + math.exp(-slope * (similarity - centre)))
 
     def _from_weights(
         self, texts: list[str], vectors: torch.Tensor, covers: list[tuple[int, ...]]

@@ -170,7 +170,7 @@ def weight_tokens(
     for position, layer in enumerate(spec.layers):
         if layer not in lora:
             continue
-        A, B = lora.factors(layer)
+        A, B = lora.leading_factors(layer)
         norm = delta_norm(A, B)
         if norm <= _TINY:
             # A delta of zero says nothing; it is the same as a missing layer.
@@ -231,7 +231,7 @@ def fit_probes(loras: Iterable[LoRA], spec: TokenSpec) -> dict[str, Tensor]:
         for layer in spec.layers:
             if layer not in lora:
                 continue
-            A, B = lora.factors(layer)
+            A, B = lora.leading_factors(layer)
             norm = delta_norm(A, B)
             if norm > _TINY:
                 moment = A.T @ (B.T @ B) @ A / norm.square()

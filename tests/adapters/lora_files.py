@@ -130,32 +130,59 @@ def bfl_modules() -> list[Module]:
     return [Module(path, layer, ((0, shapes[layer][0] // WIDTH),)) for path, layer in names.items()]
 
 
+def onetrainer_bfl_modules() -> list[Module]:
+    """The reference code's modules, with a number for each part of a fused one."""
+    rows: list[Module] = []
+    for module in bfl_modules():
+        parts = {"qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}.get(module.path.split(".")[-1])
+        if parts is None:
+            rows.append(module)
+            continue
+        for n, size in enumerate(parts):
+            rows.append(Module(f"{module.path}.{n}", module.layer, ((n, size),)))
+    return rows
+
+
+def xlabs_modules() -> list[Module]:
+    rows: list[Module] = []
+    for i in BLOCKS:
+        block = f"double_blocks.{i}.processor."
+        for number, s in (("1", "a"), ("2", "b")):
+            rows.append(
+                Module(f"{block}qkv_lora{number}", f"blocks.{i}.attn.{s}_to_qkv", ((0, 3),))
+            )
+            rows.append(
+                Module(f"{block}proj_lora{number}", f"blocks.{i}.attn.{s}_to_out", ((0, 1),))
+            )
+        block = f"single_blocks.{i}.processor."
+        rows.append(Module(f"{block}qkv_lora", f"single_blocks.{i}.to_qkv_mlp", ((0, 3),)))
+        rows.append(Module(f"{block}proj_lora", f"single_blocks.{i}.proj_out", ((0, 1),)))
+    return rows
+
+
 def canonical_modules() -> list[Module]:
     return [
         Module(layer, layer, ((0, out // WIDTH),)) for layer, (out, _) in canonical_shapes().items()
     ]
 
 
+_KOHYA = ("lora_down.weight", "lora_up.weight", "alpha")
+_PEFT = ("lora_A.weight", "lora_B.weight", "alpha")
+
 # How each kind of file spells a key: modules, prefix, joint of path parts, A, B, alpha.
 SPELLINGS = {
-    "kohya": (bfl_modules, "lora_unet_", "_", "lora_down.weight", "lora_up.weight", "alpha"),
-    "diffusers": (
-        diffusers_modules,
-        "transformer.",
-        ".",
-        "lora_A.weight",
-        "lora_B.weight",
-        "alpha",
-    ),
-    "ai-toolkit": (
-        bfl_modules,
-        "diffusion_model.",
-        ".",
-        "lora_A.weight",
-        "lora_B.weight",
-        "alpha",
-    ),
-    "diffsynth": (canonical_modules, "", ".", "lora_A.weight", "lora_B.weight", "alpha"),
+    "kohya": (bfl_modules, "lora_unet_", "_", *_KOHYA),
+    "diffusers": (diffusers_modules, "transformer.", ".", *_PEFT),
+    "peft": (diffusers_modules, "base_model.model.", ".", *_PEFT),
+    "ai-toolkit": (bfl_modules, "diffusion_model.", ".", *_PEFT),
+    "fal": (bfl_modules, "base_model.model.", ".", *_PEFT),
+    "xlabs": (xlabs_modules, "", ".", "down.weight", "up.weight", "alpha"),
+    "onetrainer": (diffusers_modules, "lora_transformer_", "_", *_KOHYA),
+    "onetrainer-bfl": (onetrainer_bfl_modules, "transformer.", ".", *_KOHYA),
+    "lycoris": (diffusers_modules, "lycoris_", "_", *_KOHYA),
+    "lycoris-bfl": (bfl_modules, "lycoris_", "_", *_KOHYA),
+    "bfl": (bfl_modules, "", ".", *_PEFT),
+    "diffsynth": (canonical_modules, "", ".", *_PEFT),
 }
 
 

@@ -1,8 +1,11 @@
 """Files that cannot be used: one sentence each, naming the file, the key and the fault."""
 
 import json
+import os
 import pickle
+import socket
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from autolora.adapters import LoRA
-from autolora.adapters.reader import read_header
+from autolora.adapters.reader import read_header, read_tensors
 from autolora.errors import LoRAFormatError
 from tests.adapters.lora_files import make_file
 
@@ -45,9 +48,9 @@ GOOD = save({DOWN: torch.ones(2, 4), UP: torch.ones(4, 2)})
     [
         (b"", ["is empty"]),
         (b"abc", ["only 3 bytes"]),
-        (b"A" * 100, ["header claims", "more than"]),
+        (b"A" * 100, ["header claims", "only 92 follow"]),
         (struct.pack("<Q", 5000) + b"{}", ["header claims 5000 bytes but only 2"]),
-        (struct.pack("<Q", 2**63) + b"{}", ["more than"]),
+        (struct.pack("<Q", 2**63) + b"{}", ["header claims 9223372036854775808 bytes"]),
         (pack(b"{nope"), ["not JSON"]),
         (pack(b"\xff\xfe{}"), ["not JSON"]),
         (pack(b"[" * 5000), ["not JSON"]),
@@ -62,13 +65,23 @@ GOOD = save({DOWN: torch.ones(2, 4), UP: torch.ones(4, 2)})
         (pack({"a": entry(shape=[True, 2])}, bytes(8)), ["key 'a'", "shape"]),
         (pack({"a": entry(end=-8)}), ["key 'a'", "data_offsets"]),
         (pack({"a": entry(shape=[3, 2])}, bytes(8)), ["needs 24 bytes, not 8"]),
+        (pack({"a": entry(shape=[1] * 33)}, bytes(8)), ["key 'a'", "33 dimensions"]),
+        (pack({"a": entry(shape=[2**62] * 30)}, bytes(8)), ["key 'a'", "too large"]),
+        (pack({"a": entry(shape=[0, 2**62, 4], end=0)}), ["key 'a'", "too large"]),
+        (pack({"a": entry(begin=-8, end=0)}), ["key 'a'", "data_offsets"]),
+        (pack({"a": entry(begin=0, end=2**63)}), ["key 'a'", "data_offsets"]),
+        (pack({"a": entry(shape=[2**40], begin=0, end=2**42)}), ["cut off", "download it again"]),
+        (pack({"a": entry(shape=[10**30])}), ["key 'a'", "shape"]),
+        (pack(b'{"a": {"shape": [' + b"9" * 5000 + b"]}}"), ["not JSON"]),
+        (pack(b'{"__metadata__": {"a": "' + b"[" * 1_000_001 + b'"}}'), ["1000000 items"]),
+        (pack(b" " * (33 << 20)), ["34603008 bytes, more than"]),
         (pack({"a": entry(), "b": entry(begin=4, end=12)}, bytes(12)), ["'b' overlaps"]),
         (pack({"a": entry(), "b": entry(begin=12, end=20)}, bytes(20)), ["'b' leaves a gap"]),
         (pack({"a": entry()}, bytes(20)), ["12 bytes follow"]),
         (pack(b'{"a": 1, "a": 2}'), ["names 'a' twice"]),
         (GOOD[:-5], ["cut off", "download it again"]),
-        (pickle.dumps({"a": 1}), ["pickle", "only safetensors"]),
-        (b"PK\x03\x04" + bytes(50), ["pickle", "only safetensors"]),
+        (pickle.dumps({"a": 1}), ["is a pickle", "run code", "--allow-pickle"]),
+        (b"PK\x03\x04" + bytes(50), ["is a pickle", "run code", "--allow-pickle"]),
         (b"<!DOCTYPE html><html>" + bytes(50), ["web page"]),
         (b"version https://git-lfs.github.com/spec/v1\n", ["Git LFS pointer"]),
         (b"GGUF" + bytes(50), ["GGUF"]),
@@ -86,6 +99,93 @@ def test_damaged_files(tmp_path, content, words):
 def test_missing_file_and_folder(tmp_path):
     assert "does not exist" in message_for(tmp_path / "none.safetensors")
     assert "is a folder" in message_for(tmp_path)
+
+
+def test_neither_pipes_nor_devices_are_opened(tmp_path):
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    # Nobody writes into the pipe: opening it as a file would wait for ever.
+    assert "is a pipe or device" in message_for(pipe)
+    assert "is a pipe or device" in message_for(Path("/dev/zero"))
+    socket_path = tmp_path / "s.safetensors"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(socket_path))
+        assert "cannot be opened" in message_for(socket_path)
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    assert "cannot be opened" in message_for(tmp_path / ("a" * 300 + ".safetensors"))
+    assert "cannot be opened" in message_for(tmp_path / "nul\0.safetensors")
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    assert "cannot be opened" in message_for(loop)
+
+
+def test_a_file_that_must_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "secret.safetensors"
+    path.write_bytes(GOOD)
+    path.chmod(0)
+    if os.geteuid() == 0:
+        # The superuser reads everything, so that only the system call can say no.
+        def refuse(*_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("autolora.adapters.reader.os.open", refuse)
+    message = message_for(path)
+    assert "secret.safetensors must not be read by you" in message
+
+
+def test_a_disk_that_fails_while_reading(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(GOOD)
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("autolora.adapters.reader._read_header_bytes", fail)
+    assert "cannot be read: Input/output error" in message_for(path)
+
+
+@pytest.mark.parametrize("how", ["longer", "shorter", "same size", "replaced"])
+def test_a_file_that_changes_while_it_is_read(tmp_path, how):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(GOOD)
+    os.utime(path, ns=(1, 1))
+    header = read_header(path)
+    assert set(read_tensors(path, header, [DOWN, UP])) == {DOWN, UP}
+    if how == "replaced":
+        other = tmp_path / "b.safetensors"
+        other.write_bytes(GOOD)
+        os.utime(other, ns=(1, 1))
+        other.replace(path)
+    else:
+        path.write_bytes({"longer": GOOD + b"x", "shorter": GOOD[:-4], "same size": GOOD}[how])
+    with pytest.raises(LoRAFormatError, match=r"a\.safetensors changed while it was read; load it"):
+        read_tensors(path, header, [DOWN])
+
+
+def test_a_file_that_changes_between_two_tensors(tmp_path, monkeypatch):
+    """The change is seen although every single read gets its bytes."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(GOOD)
+    os.utime(path, ns=(1, 1))
+    header = read_header(path)
+    make = torch.empty
+
+    def overwrite(*args, **kwargs):
+        path.write_bytes(GOOD)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", overwrite)
+    with pytest.raises(LoRAFormatError, match="changed while it was read"):
+        read_tensors(path, header, [DOWN, UP])
+
+
+def test_names_in_any_writing_load(tmp_path):
+    for name in ("雪景 ❄ naïve.safetensors", "two\nlines.safetensors", "a;b $(c) 'd'.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(GOOD)
+        assert LoRA.load(path).layers
 
 
 def nan(tensor):
@@ -200,11 +300,11 @@ def test_other_base_models_are_named(tmp_path, key, model):
 
 def test_nothing_matched_shows_reasons_and_first_keys(tmp_path):
     path = tmp_path / "lokr.safetensors"
-    path.write_bytes(save({f"{KEY}.lokr_w1": torch.ones(2), ALPHA: torch.tensor(1.0)}))
+    path.write_bytes(save({f"{KEY}_who.lokr_w1": torch.ones(2), ALPHA: torch.tensor(1.0)}))
     message = message_for(path)
     assert "changes no layer of FLUX.1" in message
     assert "LoKr" in message
-    assert f"{KEY}.lokr_w1" in message
+    assert f"{KEY}_who.lokr_w1" in message
 
 
 def test_unknown_keys_with_a_header_that_names_the_model(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autolora.adapters import LoRA, Pool
-from autolora.errors import LoRAFormatError, PoolError
+from autolora.errors import LoRAFormatError, PoolError, shown
 from tests.adapters.lora_files import make_file
 
 
@@ -107,22 +107,40 @@ def test_bad_files_do_not_disturb_the_rest(folder, tmp_path):
     (folder / "link.safetensors").symlink_to(outside)
     (folder / "linked_folder").symlink_to(outside.parent)
     (folder / "dangling.safetensors").symlink_to(folder / "none")
-    (folder / "fifo.safetensors").mkdir()
+    (folder / "folder.safetensors").mkdir()
+    os.mkfifo(folder / "fifo.safetensors")
+    (folder / "null.safetensors").symlink_to("/dev/null")
+    (folder / "two\nlines.safetensors").write_bytes(b"")
+    (folder / "turned\u202e.safetensors").write_bytes(b"")
+    (folder / "bad\x1b[31mfolder").mkdir()
+    write(folder / "bad\x1b[31mfolder" / "a.safetensors")
+    (folder / "linked_inside").symlink_to(folder / "styles")
+    write(folder / "schnee ❄ 雪.safetensors")
+    with open(os.fsencode(folder) + b"/latin\xe9.safetensors", "wb") as file:
+        file.write(b"")
     (folder / "inside.safetensors").symlink_to(folder / "neon.safetensors")
     pool = Pool(folder)
-    assert pool.names == ["broken", "cat", "dog", "ink", "inside", "neon"]
+    assert pool.names == ["broken", "cat", "dog", "ink", "inside", "neon", "schnee ❄ 雪"]
     reasons = {problem.path.name: problem.reason for problem in pool.check()}
     expected = {
         "broken.safetensors": "not a valid safetensors file",
-        "old.ckpt": "not a safetensors file",
-        "link.safetensors": "leaves the pool",
-        "linked_folder": "leaves the pool",
-        "dangling.safetensors": "not a file",
+        "old.ckpt": "is a pickle, which can run code",
+        "link.safetensors": "is a link that leaves the pool",
+        "linked_folder": "is a link that leaves the pool",
+        "null.safetensors": "is a link that leaves the pool",
+        "dangling.safetensors": "is a link that leads nowhere",
+        "folder.safetensors": "is a folder, not a file",
+        "fifo.safetensors": "is a pipe or device",
+        "two\nlines.safetensors": "line break or another control character",
+        "turned\u202e.safetensors": "line break or another control character",
+        "bad\x1b[31mfolder": "line break or another control character",
+        "latin\udce9.safetensors": "line break or another control character",
     }
     assert set(reasons) == set(expected)
     for name, words in expected.items():
         assert words in reasons[name]
-        assert name in reasons[name]
+        assert reasons[name].isprintable() and reasons[name].endswith(".")
+        assert shown(name) in reasons[name]
     with pytest.raises(LoRAFormatError, match=r"broken\.safetensors"):
         pool.load("broken")
     assert pool.load("neon").layers
@@ -144,3 +162,41 @@ def test_missing_or_empty_pool(tmp_path, prepare, words):
         Pool(root)
     assert words in str(caught.value)
     assert "put" in str(caught.value)
+
+
+def test_check_tells_how_far_it_is(folder):
+    seen = []
+    Pool(folder).check(lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_folder_that_cannot_be_listed_is_said(folder, monkeypatch):
+    real = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("styles"):
+            raise PermissionError(13, "Permission denied", place)
+        return real(place)
+
+    monkeypatch.setattr("autolora.adapters.scan.os.scandir", scandir)
+    pool = Pool(folder)
+    assert pool.names == ["cat", "dog", "neon"]
+    (problem,) = pool.scan_problems
+    assert "styles cannot be listed: Permission denied." in problem.reason
+
+
+def test_listing_opens_nothing_and_costs_one_stat_a_file(tmp_path, monkeypatch):
+    """A pool of thousands is listed in time linear in its files."""
+    root = tmp_path / "pool"
+    for n in range(300):
+        place = root / f"folder{n % 10}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"lora{n}.safetensors").write_bytes(b"x")
+        (place / f"lora{n}.png").write_bytes(b"x")
+    calls = []
+    for name in ("open", "stat", "lstat"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, _f=real, **k: (calls.append(a), _f(*a, **k))[1])
+    pool = Pool(root)
+    assert len(pool) == 300
+    assert len(calls) < 20

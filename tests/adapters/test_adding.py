@@ -1,0 +1,291 @@
+"""Adding to a pool: whole and checked or not at all, with what belongs to a LoRA."""
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from autolora.adapters import LoRA, Metadata, Pool
+from autolora.adapters.adding import add_files
+from autolora.adapters.duplicates import find_duplicates, same_bytes, same_weights, weights_sha256
+from autolora.adapters.reader import read_header
+from autolora.errors import LoRAFormatError, PoolError
+from tests.adapters.lora_files import make_file
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
+
+
+def write(path, seed=0, metadata=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    keep = make_file("kohya", seed=seed, keep=lambda name: name.startswith("double_blocks.0"))
+    return keep.save(path, metadata=metadata)
+
+
+def listing(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def pool(tmp_path):
+    root = tmp_path / "pool"
+    write(root / "cat.safetensors", seed=1)
+    write(root / "styles" / "ink.safetensors", seed=2)
+    return root
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "in" / "neon.safetensors", seed=3)
+
+
+def test_a_file_and_what_belongs_to_it(pool, source):
+    beside = {
+        "neon.json": '{"activation text": "n30n"}',
+        "neon.civitai.info": "{}",
+        "neon.autolora.yaml": "title: Neon",
+        "neon.txt": "text",
+        "neon.png": PNG,
+        "neon.preview.webp": PNG,
+        "neon.cover-0.jpg": PNG,
+        "neon.captions.json": '{"neon.png": ["a"]}',
+    }
+    others = {"neon.v2.safetensors": b"x", "neon.v2.json": "{}", "neon.bak": "x", "README.md": "x"}
+    for name, content in (beside | others).items():
+        data = content.encode() if isinstance(content, str) else content
+        source.with_name(name).write_bytes(data)
+    (added,) = add_files(pool, [source])
+    assert added.path == pool / "neon.safetensors"
+    assert added.path.read_bytes() == source.read_bytes()
+    assert added.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert sorted(path.name for path in added.beside) == sorted(beside)
+    assert added.notes == ()
+    expected = {"cat.safetensors", "styles", "styles/ink.safetensors", "neon.safetensors", *beside}
+    assert listing(pool) == sorted(expected)
+    assert Pool(pool).load("neon").metadata.trigger_words == ["n30n"]
+    assert (added.path.stat().st_mode & 0o777) == (0o666 & ~_umask())
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_another_name_is_given_to_everything(pool, source):
+    source.with_name("neon.cover-0.png").write_bytes(PNG)
+    captions = {"neon.cover-0.png": ["a sign"], "elsewhere.png": ["b"]}
+    source.with_name("neon.captions.json").write_text(json.dumps(captions))
+    add_files(pool, [source], name="neon lights v1.0")
+    metadata = Pool(pool).metadata("neon lights v1.0")
+    assert [cover.name for cover in metadata.covers] == ["neon lights v1.0.cover-0.png"]
+    assert metadata.captions == ["a sign", "b"]
+    assert metadata.title == "neon lights v1.0"
+
+
+def test_a_model_card_comes_with_its_pictures(pool, source):
+    card = (
+        "---\ninstance_prompt: TOK\nwidget:\n- text: a\n  output: {url: images/1.png}\n---\n# T\n"
+    )
+    source.with_name("README.md").write_text(card)
+    (source.parent / "images").mkdir()
+    (source.parent / "images" / "1.png").write_bytes(PNG)
+    add_files(pool, [source])
+    metadata = Pool(pool).metadata("neon")
+    assert (metadata.title, metadata.trigger_words, metadata.captions) == ("T", ["TOK"], ["a"])
+    assert [cover.name for cover in metadata.covers] == ["neon.cover-0.png"]
+
+
+def test_pictures_in_the_header_become_covers(pool, tmp_path):
+    header = {"ssmd_cover_images": json.dumps([base64.b64encode(PNG).decode()])}
+    source = write(tmp_path / "in" / "neon.safetensors", 3, header)
+    (added,) = add_files(pool, [source])
+    assert [path.name for path in added.beside] == ["neon.cover-0.png"]
+    assert (pool / "neon.cover-0.png").read_bytes() == PNG
+
+
+def test_same_bytes_are_refused_by_the_name_they_have(pool, source, tmp_path):
+    twin = tmp_path / "in" / "twin.safetensors"
+    shutil.copy(pool / "styles" / "ink.safetensors", twin)
+    before = listing(pool)
+    with pytest.raises(
+        PoolError, match=r"twin\.safetensors is in the pool already, as 'ink'; .*--f"
+    ):
+        add_files(pool, [twin])
+    assert listing(pool) == before
+    (added,) = add_files(pool, [twin], force=True)
+    assert added.notes == ("'ink' in the pool has the same bytes.",)
+    again = tmp_path / "in" / "again.safetensors"
+    shutil.copy(source, again)
+    with pytest.raises(PoolError, match="as 'neon'"):
+        add_files(pool, [source, again])
+    assert "neon" not in Pool(pool)
+
+
+def test_same_weights_with_another_header_are_noted(pool, tmp_path):
+    edited = tmp_path / "edited.safetensors"
+    save_file(load_file(pool / "cat.safetensors"), edited, {"modelspec.title": "Cat"})
+    (added,) = add_files(pool, [edited])
+    assert added.notes == ("'cat' in the pool has the same weights, with another header.",)
+    assert find_duplicates(Pool(pool).entries) == [["cat", "edited"]]
+    assert weights_sha256(edited) == weights_sha256(pool / "cat.safetensors")
+    start = read_header(edited).data_start
+    assert weights_sha256(edited) == hashlib.sha256(edited.read_bytes()[start:]).hexdigest()
+
+
+def test_comparing_takes_files_of_any_kind(pool, tmp_path):
+    for name, content in (("empty", b""), ("short", b"abc"), ("junk", b"\xff" * 100)):
+        (pool / f"{name}.safetensors").write_bytes(content)
+    entries = list(Pool(pool).entries)
+    for a in entries:
+        for b in entries:
+            assert same_bytes(a, b) == (a == b)
+            assert same_weights(a, b) == (a == b and a.name in ("cat", "ink"))
+    gone = entries[0]
+    gone.path.unlink()
+    assert not same_bytes(gone, gone) and not same_weights(gone, gone)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("cat", "there already"),
+        ("CAT", "there already"),
+        ("ink", "there already"),
+        ("", "cannot be a name"),
+        (" x", "cannot be a name"),
+        (".x", "cannot be a name"),
+        ("a/b", "cannot be a name"),
+        ("../x", "cannot be a name"),
+        ("a:b", "cannot be a name"),
+        ("a\nb", "cannot be a name"),
+        ("x" * 250, "cannot be a name"),
+    ],
+)
+def test_names_that_are_taken_or_cannot_be(pool, source, name, words):
+    before = listing(pool)
+    with pytest.raises(PoolError, match=words) as caught:
+        add_files(pool, [source], name=name)
+    assert "--name" in str(caught.value)
+    assert listing(pool) == before
+
+
+def test_a_name_is_for_one_file(pool, source):
+    with pytest.raises(PoolError, match="for one file, not for 2"):
+        add_files(pool, [source, source], name="x")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 10, None])
+def test_a_bad_file_leaves_nothing_behind(pool, source, tmp_path, content):
+    bad = tmp_path / "in" / "bad.safetensors"
+    bad.write_bytes(source.read_bytes()[:-4] + b"\0\0\xc0\x7f" if content is None else content)
+    bad.with_suffix(".json").write_text("{}")
+    before = listing(pool)
+    with pytest.raises(LoRAFormatError) as caught:
+        add_files(pool, [source, bad])
+    assert str(bad) in str(caught.value) and ".adding" not in str(caught.value)
+    assert listing(pool) == before
+    fresh = tmp_path / "new" / "pool"
+    with pytest.raises(LoRAFormatError):
+        add_files(fresh, [bad])
+    assert not fresh.exists()
+
+
+def test_a_copy_that_differs_is_not_kept(pool, source, monkeypatch):
+    from autolora.adapters import adding
+
+    real = adding._copy
+
+    def spoil(file, target):
+        digest = real(file, target)
+        data = bytearray(target.read_bytes())
+        data[-1] ^= 1
+        target.write_bytes(data)
+        return digest
+
+    before = listing(pool)
+    monkeypatch.setattr(adding, "_copy", spoil)
+    with pytest.raises(PoolError, match="the copy differs"):
+        add_files(pool, [source])
+    assert listing(pool) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_fails_half_way_is_undone(pool, source, monkeypatch, error):
+    source.with_suffix(".json").write_text("{}")
+    before = listing(pool)
+    real = os.link
+
+    def link(file, target):
+        if str(file).endswith(".safetensors"):
+            raise error
+        real(file, target)
+
+    monkeypatch.setattr("autolora.adapters.adding.os.link", link)
+    monkeypatch.setattr("autolora.adapters.adding.os.rename", lambda *_: link(*_))
+    with pytest.raises((PoolError, KeyboardInterrupt)) as caught:
+        add_files(pool, [source])
+    assert isinstance(caught.value, KeyboardInterrupt) or "No space left" in str(caught.value)
+    assert listing(pool) == before
+
+
+def test_leftovers_are_not_overwritten(pool, source):
+    (pool / "neon.json").write_text('{"activation text": "old"}')
+    source.with_suffix(".json").write_text("{}")
+    before = listing(pool)
+    with pytest.raises(PoolError, match=r"neon\.json is there already"):
+        add_files(pool, [source])
+    assert listing(pool) == before
+    assert "old" in (pool / "neon.json").read_text()
+
+
+def test_works_without_hard_links(pool, source, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("autolora.adapters.adding.os.link", refuse)
+    add_files(pool, [source])
+    assert Pool(pool).load("neon").layers
+
+
+def test_pickles_are_converted_when_allowed(pool, tmp_path):
+    made = make_file("kohya", seed=5, keep=lambda name: name.startswith("double_blocks.0"))
+    pickled = tmp_path / "in" / "old.pt"
+    pickled.parent.mkdir(exist_ok=True)
+    torch.save({"state_dict": made.tensors}, pickled)
+    pickled.with_name("old.png").write_bytes(PNG)
+    with pytest.raises(LoRAFormatError, match=r"old\.pt is a pickle .* --allow-pickle"):
+        add_files(pool, [pickled])
+    (added,) = add_files(pool, [pickled], allow_pickle=True)
+    assert added.path == pool / "old.safetensors"
+    assert [path.name for path in added.beside] == ["old.png"]
+    lora = Pool(pool).load("old")
+    for layer, truth in made.truth.items():
+        assert torch.allclose(lora.delta(layer).double(), truth, atol=1e-5)
+    assert read_header(added.path).metadata["converted_from"] == "old.pt"
+    # The converted file is told apart by its weights like any other.
+    with pytest.raises(PoolError, match="as 'old'"):
+        add_files(pool, [pickled], name="older", allow_pickle=True)
+    bad = tmp_path / "in" / "bad.pt"
+    torch.save({"x": torch.ones(2)}, bad)
+    with pytest.raises(LoRAFormatError, match=r"bad\.pt changes no layer"):
+        add_files(pool, [bad], allow_pickle=True)
+    assert "bad" not in Pool(pool)
+
+
+def test_alpha_beside_the_file_goes_with_it(pool, tmp_path):
+    """The strength of a PEFT folder is in its configuration, and must be the same in the pool."""
+    folder = tmp_path / "in"
+    made = make_file("diffusers", prefix="base_model.model.", keep=lambda path: "to_q" in path)
+    folder.mkdir()
+    source = made.save(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    expected = LoRA.load(source)
+    assert expected.report.scales == (2.0, 2.0)
+    add_files(pool, [source], name="peft")
+    assert Pool(pool).load("peft").report.scales == expected.report.scales
+    assert Metadata.read(pool / "peft.safetensors").warnings == []
