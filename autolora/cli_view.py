@@ -46,7 +46,7 @@ def print_notes(notes: Iterable[str]) -> None:
 
 def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """Make a table; numbers stand to the right, and nothing in a cell is taken for markup."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", show_header=any(columns))
     cells = [list(row) for row in rows]
     for number, column in enumerate(columns):
         numeric = bool(cells) and all(isinstance(row[number], (int, float)) for row in cells)
@@ -116,10 +116,10 @@ class _Bar:
 
 
 class IndexBar(_Bar):
-    """Progress of encoding a pool."""
+    """Progress of going through a pool; nothing is shown where it takes no time."""
 
-    def __init__(self) -> None:
-        super().__init__("index", patience=1.0)
+    def __init__(self, title: str = "index") -> None:
+        super().__init__(title, patience=1.0)
 
     def __enter__(self) -> IndexBar:
         return self

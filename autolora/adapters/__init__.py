@@ -7,18 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autolora.adapters.cache import AdapterCache
     from autolora.adapters.changes import LowRank
     from autolora.adapters.deltas import LayerDelta
     from autolora.adapters.formats import FORMATS, Format
     from autolora.adapters.lora import LoRA
     from autolora.adapters.metadata import Metadata
     from autolora.adapters.pool import Pool
+    from autolora.adapters.prepared import PreparedLoRA
     from autolora.adapters.report import LoadReport
     from autolora.adapters.scan import PoolEntry, Problem
     from autolora.adapters.writer import save_lora
 
 __all__ = [
     "FORMATS",
+    "AdapterCache",
     "Format",
     "LayerDelta",
     "LoRA",
@@ -27,11 +30,13 @@ __all__ = [
     "Metadata",
     "Pool",
     "PoolEntry",
+    "PreparedLoRA",
     "Problem",
     "save_lora",
 ]
 
 _HOME = {
+    "AdapterCache": "cache",
     "FORMATS": "formats",
     "Format": "formats",
     "LayerDelta": "deltas",
@@ -41,6 +46,7 @@ _HOME = {
     "Metadata": "metadata",
     "Pool": "pool",
     "PoolEntry": "scan",
+    "PreparedLoRA": "prepared",
     "Problem": "scan",
     "save_lora": "writer",
 }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autolora.adapters.covers import picture_suffix, read_embedded_covers
-from autolora.adapters.duplicates import same_bytes, same_weights
+from autolora.adapters.duplicates import find_twins
 from autolora.adapters.metadata import Metadata, is_alone
 from autolora.adapters.paths import is_own_file, is_plain_name
 from autolora.adapters.reader import file_sha256, open_file, read_header
@@ -118,18 +118,14 @@ class _Staged:
 
     def find_twins(self, entries: Iterable[PoolEntry], force: bool) -> None:
         """Refuse bytes that the pool has; note weights that it has in another file."""
-        for entry in entries:
-            if same_bytes(self.entry, entry):
-                if not force:
-                    raise PoolError(
-                        f"{shown(self.source)} is in the pool already, as {shown(entry.name)!r}; "
-                        "add it with --force to keep both."
-                    )
-                self.notes.append(f"{shown(entry.name)!r} in the pool has the same bytes.")
-            elif same_weights(self.entry, entry):
-                self.notes.append(
-                    f"{shown(entry.name)!r} in the pool has the same weights, with another header."
+        for twin, whole in find_twins(self.entry, entries):
+            if whole and not force:
+                raise PoolError(
+                    f"{shown(self.source)} is in the pool already, as {shown(twin.name)!r}; "
+                    "add it with --force to keep both."
                 )
+            what = "bytes." if whole else "weights, with another header."
+            self.notes.append(f"{shown(twin.name)!r} in the pool has the same {what}")
 
 
 def _check_name(folder: Path, file: Path, stem: str, entries: Iterable[PoolEntry]) -> None:

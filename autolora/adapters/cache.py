@@ -90,7 +90,7 @@ class AdapterCache:
                 entry = self._entries.get(key)
                 if entry is not None and entry.identity == identity:
                     return self._hit(key, entry).lora
-            self.misses += 1
+                self.misses += 1
             lora = LoRA.load(file)
             if name is not None:
                 lora.name = name
@@ -124,7 +124,7 @@ class AdapterCache:
                 key, entry = self._find(lora)
                 if form in entry.prepared:
                     return self._hit(key, entry).prepared[form]
-            self.misses += 1
+                self.misses += 1
             ready = PreparedLoRA(lora, rank, base, device)
             with self._lock:
                 entry.prepared[form] = ready

@@ -1,15 +1,13 @@
 """Finding the same LoRA under two names.
 
 Files are compared from their ends: two LoRAs of one trainer share size and header, but hardly the
-last kilobytes of their weights, so that telling them apart costs two short reads.
+last kilobytes of their weights, so that telling them apart costs a short read.
 """
 
 import hashlib
-import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
-from io import BufferedReader
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from autolora.adapters.reader import open_file, read_header
@@ -47,10 +45,35 @@ def same_weights(a: PoolEntry, b: PoolEntry) -> bool:
     """
     if abs(a.size - b.size) > MAX_HEADER_DIFFERENCE:
         return False
-    starts = _data_start(a.path), _data_start(b.path)
-    if not 8 <= starts[0] < a.size or a.size - starts[0] != b.size - starts[1]:
+    starts = _ends(a)[0], _ends(b)[0]
+    if min(starts) < 8 or a.size - starts[0] != b.size - starts[1]:
         return False
     return _same_from(a, b, *starts)
+
+
+def find_twins(entry: PoolEntry, others: Iterable[PoolEntry]) -> Iterator[tuple[PoolEntry, bool]]:
+    """Find the files that hold the same weights as a safetensors file.
+
+    Opens each file of about the same size once, and reads further only where the ends agree.
+
+    Args:
+        entry: The file.
+        others: Files to compare it with.
+
+    Yields:
+        A file with the same weights, and whether its header is the same as well.
+    """
+    start, tail = _ends(entry)
+    for other in others:
+        if abs(entry.size - other.size) > MAX_HEADER_DIFFERENCE:
+            continue
+        other_start, other_tail = _ends(other)
+        if entry.size - start != other.size - other_start or tail != other_tail:
+            continue
+        if same_bytes(entry, other):
+            yield other, True
+        elif same_weights(entry, other):
+            yield other, False
 
 
 def weights_sha256(path: Path) -> str:
@@ -92,21 +115,23 @@ def find_duplicates(entries: Iterable[PoolEntry]) -> list[list[str]]:
     return sorted(sorted(names) for names in groups.values() if len(names) > 1)
 
 
-def _data_start(path: Path) -> int:
+def _ends(entry: PoolEntry) -> tuple[int, bytes]:
+    """Where the data of a file begins, and its last kilobytes; -1 where it has none."""
     try:
-        with open_file(path) as file:
+        with open_file(entry.path) as file:
             start = file.read(8)
+            data_start = 8 + struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 8 <= data_start <= entry.size:
+                return -1, b""
+            file.seek(max(data_start, entry.size - _TAIL))
+            return data_start, file.read(_TAIL)
     except (LoRAFormatError, OSError):
-        return -1
-    return 8 + struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        return -1, b""
 
 
 def _same_from(a: PoolEntry, b: PoolEntry, start_a: int, start_b: int) -> bool:
     try:
         with open_file(a.path) as file_a, open_file(b.path) as file_b:
-            tail = -min(_TAIL, a.size - start_a)
-            if _read_tail(file_a, tail) != _read_tail(file_b, tail):
-                return False
             file_a.seek(start_a)
             file_b.seek(start_b)
             while chunk := file_a.read(_CHUNK):
@@ -115,8 +140,3 @@ def _same_from(a: PoolEntry, b: PoolEntry, start_a: int, start_b: int) -> bool:
             return not file_b.read(1)
     except (LoRAFormatError, OSError):
         return False
-
-
-def _read_tail(file: BufferedReader, tail: int) -> bytes:
-    file.seek(tail, os.SEEK_END)
-    return file.read()

@@ -19,7 +19,7 @@ from autolora.adapters.formats import KeyMatch, match_keys
 from autolora.adapters.grouping import Group, bad_key, check_groups, group_keys, layer_rows
 from autolora.adapters.namings import Part
 from autolora.adapters.peft_config import read_peft_config
-from autolora.adapters.reader import LARGEST_VALUE, Header, read_header, read_tensors
+from autolora.adapters.reader import LARGEST_VALUE, MAX_FEATURES, Header, read_header, read_tensors
 from autolora.adapters.report import LoadReport, make_report
 from autolora.errors import LoRAFormatError, shown
 from autolora.flux.layers import parse_layer
@@ -119,6 +119,11 @@ def _check_sizes(path: Path, groups: Iterable[Group]) -> None:
     for name, (out_features, in_features) in shapes.items():
         layer = parse_layer(name)
         assert layer is not None
+        if max(out_features, in_features) > MAX_FEATURES:
+            raise LoRAFormatError(
+                f"{shown(path)} makes layer {name} [{out_features}, {in_features}], larger than "
+                "any layer of FLUX.1; use one made for FLUX.1."
+            )
         if layer.type.in_ratio is not None:
             width = in_features // layer.type.in_ratio
             if in_features * layer.type.out_ratio != out_features * layer.type.in_ratio:

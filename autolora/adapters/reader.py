@@ -30,6 +30,8 @@ MAX_HEADER_BYTES = 32 << 20
 MAX_HEADER_ITEMS = 1_000_000
 """Most commas and brackets in a header: bounds the memory that decoding it takes."""
 MAX_DIMENSIONS = 32
+MAX_FEATURES = 1 << 16
+"""Most input or output channels of a layer that are believed; FLUX.1 has 21,504 at most."""
 LARGEST_VALUE = 1e6
 """Largest magnitude of a weight or alpha that is believed; products of several stay finite."""
 _HASH_CHUNK_BYTES = 1 << 20

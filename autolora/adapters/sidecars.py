@@ -14,7 +14,7 @@ import yaml
 from autolora.adapters.fields import FieldReader, Fields, decode_json, mapping
 from autolora.errors import shown
 
-MAX_YAML_CHARS = 1 << 18
+MAX_YAML_CHARS = 1 << 16
 MAX_PROMPTS = 8
 """Most example prompts of a model page that are taken as captions."""
 MAX_PROMPT = 600

@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,6 @@ GOOD = save({DOWN: torch.ones(2, 4), UP: torch.ones(4, 2)})
         (pack({"a": entry(shape=[10**30])}), ["key 'a'", "shape"]),
         (pack(b'{"a": {"shape": [' + b"9" * 5000 + b"]}}"), ["not JSON"]),
         (pack(b'{"__metadata__": {"a": "' + b"[" * 1_000_001 + b'"}}'), ["1000000 items"]),
-        (pack(b" " * (33 << 20)), ["34603008 bytes, more than"]),
         (pack({"a": entry(), "b": entry(begin=4, end=12)}, bytes(12)), ["'b' overlaps"]),
         (pack({"a": entry(), "b": entry(begin=12, end=20)}, bytes(20)), ["'b' leaves a gap"]),
         (pack({"a": entry()}, bytes(20)), ["12 bytes follow"]),
@@ -94,6 +94,17 @@ def test_damaged_files(tmp_path, content, words):
     assert "bad.safetensors" in message
     for word in words:
         assert word in message
+
+
+def test_a_header_of_a_hundred_megabytes_is_not_read(tmp_path):
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 100_000_000) + b'{"a": "')
+        file.truncate(200_000_000)
+    tracemalloc.start()
+    assert "its header has 100000000 bytes, more than" in message_for(path)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -213,6 +224,16 @@ DOWN_OK, UP_OK = torch.ones(2, 4), torch.ones(4, 2)
         ({DOWN: DOWN_OK, UP: UP_OK.bfloat16() * float("inf")}, [UP, "infinite"]),
         ({DOWN: DOWN_OK, UP: UP_OK, ALPHA: torch.tensor(float("nan"))}, [ALPHA, "NaN"]),
         ({DOWN: DOWN_OK, UP: UP_OK, ALPHA: torch.ones(3)}, [ALPHA, "one number"]),
+        (
+            {DOWN: DOWN_OK, UP: UP_OK, ALPHA: torch.tensor(1e300, dtype=torch.float64)},
+            [ALPHA, "above 1e+06"],
+        ),
+        ({DOWN: DOWN_OK.double() * 1e300, UP: UP_OK}, [DOWN, "above 1e+06"]),
+        ({DOWN: torch.ones(1, 70_000), UP: torch.ones(70_000, 1)}, ["larger than any layer"]),
+        (
+            {f"{KEY}.lokr_w1": torch.ones(300, 300), f"{KEY}.lokr_w2": torch.ones(300, 300)},
+            ["blocks.0.attn.a_to_out", "[90000, 90000]", "larger than any layer"],
+        ),
         ({DOWN: DOWN_OK, UP: UP_OK, ALPHA: torch.tensor(True)}, [ALPHA, "BOOL"]),
         (
             {
@@ -320,6 +341,8 @@ def test_unknown_keys_with_a_header_that_names_the_model(tmp_path):
         "[]",
         '{"transformer.lora_alpha": "much"}',
         '{"transformer.lora_alpha": NaN}',
+        '{"transformer.lora_alpha": 1e300}',
+        pytest.param('{"transformer.lora_alpha": 1%s}' % ("0" * 400), id="400 digits"),
         '{"transformer.alpha_pattern": 3}',
         '{"transformer.alpha_pattern": {"a": null}}',
         '{"transformer.alpha_pattern": {"(a+)+": 1}}',
@@ -358,6 +381,37 @@ def test_mutated_files_load_or_raise_our_error(tmp_path_factory, data):
         assert "\n" not in str(error)
     else:
         assert lora.layers
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+ENTRY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "I64", "F8_E4M3", "BOOL", "Q4"]) | JSON,
+        "shape": st.lists(st.integers(-1, 9), max_size=3) | JSON,
+        "data_offsets": st.tuples(st.integers(0, 40), st.integers(0, 40)).map(list) | JSON,
+    }
+)
+HEADER_KEYS = st.sampled_from([DOWN, UP, ALPHA, "__metadata__"]) | st.text(max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(HEADER_KEYS, ENTRY | JSON, max_size=4) | JSON, st.integers(0, 64))
+def test_any_header_loads_or_raises_our_error(tmp_path_factory, header, data_bytes):
+    path = tmp_path_factory.mktemp("any") / "a.safetensors"
+    path.write_bytes(pack(json.dumps(header).encode("utf-8", "replace"), bytes(data_bytes)))
+    try:
+        found = read_header(path)
+        LoRA.load(path)
+    except LoRAFormatError as error:
+        assert str(error).isprintable() and "a.safetensors" in str(error)
+    else:
+        assert sum(info.begin < data_bytes for info in found.tensors.values())
 
 
 def test_header_agrees_with_the_safetensors_library(tmp_path):

@@ -133,3 +133,14 @@ def test_several_threads_read_a_file_once(file: Path) -> None:
 def test_importing_the_cache_loads_no_torch() -> None:
     code = "import sys, autolora.adapters.cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_prepared_adapters_are_pinned_to_a_gpu(file: Path) -> None:
+    cache = AdapterCache()
+    lora, device = cache.load(file), torch.device("cuda")
+    ready = cache.prepare(lora, 8, device=device)
+    assert cache.prepare(lora, 8, device=device) is ready
+    for tensor, own in zip(ready.factors(LAYER), lora.factors(LAYER), strict=True):
+        assert tensor.is_cuda and torch.equal(tensor.cpu(), own)

@@ -219,7 +219,13 @@ def _(file: TruthFile) -> TruthFile:
     return file.add(names.bfl(file.size), spelling, plain(alphas=ALPHAS))
 
 
-@case("fal/base_model.model prefix")
+@case("fal/every layer of every block, and the last")
+def _(file: TruthFile) -> TruthFile:
+    draw = plain((4,), keep=lambda module: in_blocks(module) or module.path == "final_layer.linear")
+    return file.add(names.bfl(file.size), Spelling("base_model.model."), draw)
+
+
+@case("fal/some blocks, all in and out layers")
 def _(file: TruthFile) -> TruthFile:
     return file.add(names.bfl(file.size), Spelling("base_model.model."), plain((4,)))
 

@@ -1,6 +1,8 @@
 """Files of LoKr, LoHa, DoRA and whole weight changes."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,6 +79,37 @@ def _(file: TruthFile) -> TruthFile:
 def _(file: TruthFile) -> TruthFile:
     draw = hadamard(alpha=None, dtype=torch.float16)
     return file.add(names.bfl(file.size), KOHYA, draw)
+
+
+def configured(file: TruthFile, kind: str, draw: Draw, alpha: float, rank: int) -> TruthFile:
+    """PEFT's own folder: alpha stands in the configuration and counts for whole matrices too."""
+
+    def scaled(random: Generator, module: Module, n: int) -> Weights | None:
+        weights = draw(random, module, n)
+        if weights is None or weights.product is None:
+            return weights
+        product = weights.product
+        return replace(weights, product=lambda: alpha / rank * product())
+
+    file.add(names.diffusers(file.size), Spelling("base_model.model."), scaled)
+    config = {"peft_type": kind, "r": rank, "alpha": alpha, "target_modules": "all-linear"}
+    file.stem, file.beside = "adapter_model", {"adapter_config.json": json.dumps(config)}
+    return file
+
+
+@case("lokr/PEFT, second side factored, adapter_config.json")
+def _(file: TruthFile) -> TruthFile:
+    return configured(file, "LOKR", kronecker(kind="w2", rank=4, alpha=None), 3.0, 4)
+
+
+@case("lokr/PEFT, both sides full, adapter_config.json")
+def _(file: TruthFile) -> TruthFile:
+    return configured(file, "LOKR", kronecker(kind="full", alpha=None), 3.0, 4)
+
+
+@case("loha/PEFT, adapter_config.json")
+def _(file: TruthFile) -> TruthFile:
+    return configured(file, "LOHA", hadamard(rank=3, alpha=None), 2.0, 3)
 
 
 @case("mixed/LoRA, LoKr, LoHa and diffs in one file")

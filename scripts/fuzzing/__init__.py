@@ -1,0 +1,1 @@
+"""Broken LoRA files by the million, for scripts/fuzz_reader.py."""
