@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.adapters import Pool
-from autolora.errors import GenerationError
 from autolora.flux.config import PipelineConfig, load_config
 from autolora.flux.layers import linear_layers
-from autolora.generation.prompts import AskedLoRA, merge_asked, parse_prompt
+from autolora.generation.applying import Attachments
+from autolora.generation.identity import shipped_gate
+from autolora.generation.planner import Planner
+from autolora.generation.planning import Plan
+from autolora.generation.prompts import AskedLoRA, parse_prompt
 from autolora.generation.report import Output, Report
-from autolora.generation.request import Request, asked_loras, make_request
+from autolora.generation.request import make_request
 from autolora.generation.searching import IndexState, PoolSearch
-from autolora.generation.selecting import (
-    Chosen,
-    keep_fitting,
-    left_out_notes,
-    load_asked,
-    load_hits,
-    with_triggers,
-)
-from autolora.generation.versions import program_versions
+from autolora.generation.selecting import Chosen, keep_fitting
 
 if TYPE_CHECKING:
     from autolora.adapters import LoRA
     from autolora.fusion import AttachReport, GateBank
+    from autolora.generation.denoise import Preview
     from autolora.retrieval import Hit
 
 Progress = Callable[[int, int], None]
@@ -53,8 +46,17 @@ class AutoLoRAPipeline:
         """
         self.config = config
         self._lock = threading.RLock()
-        self._attached: list[Chosen] = []
-        self._attached_strategy = config.strategy
+        self._attachments = Attachments(
+            config, lambda: self.base, lambda: self.gates, lambda: self.pool.cache
+        )
+        self._planner = Planner(
+            config,
+            lambda: self.pool,
+            lambda: self.base,
+            lambda: self.gates,
+            lambda: self._search,
+            self._attachments,
+        )
 
     @classmethod
     def from_config(
@@ -76,7 +78,7 @@ class AutoLoRAPipeline:
     @cached_property
     def pool(self) -> Pool:
         """The LoRA files."""
-        return Pool(self.config.pool)
+        return Pool(self.config.pool, int(self.config.adapters.cache_gb * 2**30))
 
     @cached_property
     def base(self) -> Any:
@@ -95,7 +97,7 @@ class AutoLoRAPipeline:
 
     @cached_property
     def _search(self) -> PoolSearch:
-        return PoolSearch(self.config, self.pool, lambda: self.base)
+        return PoolSearch(self.config, self.pool, self._attachments.bare_base)
 
     def search(self, prompt: str, k: int = 5) -> list[Hit]:
         """Rank the pool for a prompt.
@@ -130,7 +132,7 @@ class AutoLoRAPipeline:
         """
         request = make_request(self.config, prompt, top_k=k)
         with self._lock:
-            return self._retrieve(request, [lora.name for lora in request.tags])
+            return self._planner.retrieve(request, [lora.name for lora in request.tags])
 
     def index(self, rebuild: bool = False, progress: Progress | None = None) -> IndexState:
         """Build the search index or bring it up to date.
@@ -168,10 +170,14 @@ class AutoLoRAPipeline:
     ) -> AttachReport:
         """Attach adapters until `detach`; calls then use them and retrieve nothing.
 
+        Layers that keep their adapters are not touched, so that going from one set to another
+        costs what differs.
+
         Args:
             adapters: Pairs of strength and name in the pool, or adapter, in the order
                 ``(name, strength)``. They replace what was attached before.
-            strategy: How they are fused; None is the configured one.
+            strategy: How they are fused; None is the configured one. ``merged`` changes the weights
+                themselves until `detach`, which restores them to the bit.
 
         Returns:
             Which layers each one was put into.
@@ -180,8 +186,6 @@ class AutoLoRAPipeline:
             AutoLoRAError: An unknown name, or an adapter or gates that do not fit the base model;
                 what was attached before then stays.
         """
-        from autolora.fusion import attach
-
         with self._lock:
             loras = [
                 self.pool.load(lora) if isinstance(lora, str) else lora for lora, _ in adapters
@@ -191,19 +195,40 @@ class AutoLoRAPipeline:
                 for lora, (_, strength) in zip(loras, adapters, strict=True)
             ]
             keep_fitting(chosen, linear_layers(self.base.dit), [])
-            name = strategy or self.config.strategy
-            report = attach(self.base.dit, _pairs(chosen), name, self.gates)
-            self._attached, self._attached_strategy = chosen, name
-            return report
+            return self._attachments.attach(chosen, strategy or self.config.strategy)
 
-    def detach(self) -> None:
-        """Take all adapters out; the base model is then as it was loaded, to the bit."""
-        from autolora.fusion import detach
+    def set_strengths(self, strengths: Mapping[str, float]) -> None:
+        """Change how strongly attached adapters act; the others keep their strength.
 
+        Args:
+            strengths: Strength by name.
+
+        Raises:
+            FusionError: A name is not attached, or a strength is not a finite number; nothing is
+                changed then.
+        """
         with self._lock:
-            self._attached = []
-            if "base" in self.__dict__:
-                detach(self.base.dit)
+            self._attachments.set_strengths(strengths)
+
+    @property
+    def attached(self) -> dict[str, float]:
+        """Strength by name of the adapters that `attach` attached, in the order of asking."""
+        return self._attachments.strengths
+
+    def detach(self, name: str | None = None) -> None:
+        """Take one adapter out, or all; the base model is then as it was loaded, to the bit.
+
+        Args:
+            name: The adapter; the others stay as they are. None is all.
+
+        Raises:
+            FusionError: No adapter of this name is attached.
+        """
+        with self._lock:
+            if name is not None:
+                self._attachments.detach(name)
+            else:
+                self._attachments.clear(self.base.dit if "base" in self.__dict__ else None)
 
     def __call__(
         self,
@@ -219,8 +244,11 @@ class AutoLoRAPipeline:
         guidance: float | None = None,
         negative_prompt: str = "",
         use_triggers: bool = True,
+        text_encoders: bool | None = None,
         planned: Callable[[Report], None] | None = None,
         progress: Progress | None = None,
+        preview: Preview | None = None,
+        preview_every: int = 1,
     ) -> Output:
         """Generate a picture.
 
@@ -241,8 +269,13 @@ class AutoLoRAPipeline:
             guidance: Guidance scale.
             negative_prompt: What the picture shall not show.
             use_triggers: Whether to add missing trigger words to the prompt.
+            text_encoders: Whether adapters also act on the text encoders, where they have parts
+                for them and the base model has these; None is the configured choice.
             planned: Called once before the first step, with all of the report but how it went.
             progress: Called with steps done and steps in all; what it raises ends the call.
+            preview: Called with steps done and the model's guess of the finished picture; what
+                it raises ends the call.
+            preview_every: Steps from one preview to the next.
 
         Returns:
             Picture, hits, the prompt that the model read, and the report.
@@ -250,141 +283,83 @@ class AutoLoRAPipeline:
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
-        request = make_request(
-            self.config,
-            prompt,
-            seed=seed,
-            steps=steps,
-            size=size,
-            guidance=guidance,
-            negative_prompt=negative_prompt,
-            top_k=top_k,
-        )
-        asked = merge_asked(asked_loras(loras), request.tags)
         with self._lock:
-            plan = self._plan(request, asked, retrieve, strategy, use_triggers)
+            plan = self._planner.plan(
+                prompt,
+                seed,
+                loras=loras,
+                retrieve=retrieve,
+                top_k=top_k,
+                strategy=strategy,
+                steps=steps,
+                size=size,
+                guidance=guidance,
+                negative_prompt=negative_prompt,
+                use_triggers=use_triggers,
+                text_encoders=text_encoders,
+            )
             if planned is not None:
                 planned(plan.report)
-            return self._generate(plan, progress)
+            return self._make(plan, [seed], progress, preview, preview_every)[0]
 
-    def _generate(self, plan: _Plan, progress: Progress | None) -> Output:
-        from autolora.fusion import attached, record_gates
-        from autolora.generation.denoise import denoise
-
-        dit, report, clock = self.base.dit, plan.report, plan.clock
-        with attached(dit, _pairs(plan.chosen), report.strategy, self.gates) as attachment:
-            clock.mark("attach")
-            with record_gates(dit) if plan.gated else nullcontext() as records:
-                image, parts = denoise(self.base, plan.request, report.used_prompt, progress)
-            gates = records.by_adapter() if records is not None else {}
-        layers = {entry.name: len(entry.layers) for entry in attachment.adapters}
-        for used in report.adapters:
-            used.layers, used.gate = layers[used.name], gates.get(used.name)
-        report.timings = {**clock.seconds, **vars(parts), "total": clock.total()}
-        hits = [entry.hit for entry in plan.chosen if entry.hit is not None]
-        return Output(image, hits, report.used_prompt, report)
-
-    def _plan(
+    def generate_many(
         self,
-        request: Request,
-        asked: list[AskedLoRA],
-        retrieve: bool,
-        strategy: str | None,
-        use_triggers: bool,
-    ) -> _Plan:
-        """Choose and check everything, so that only the picture is left to be made."""
-        from autolora.fusion import get_strategy
+        prompt: str,
+        seeds: Sequence[int],
+        *,
+        batch: int = 1,
+        planned: Callable[[Report], None] | None = None,
+        progress: Progress | None = None,
+        preview: Preview | None = None,
+        preview_every: int = 1,
+        **options: Any,
+    ) -> list[Output]:
+        """Generate several pictures that differ in their seeds only.
 
-        name = strategy or (self._attached_strategy if self._attached else self.config.strategy)
-        uses_gates = get_strategy(name).uses_gates
-        notes: list[str] = []
-        clock = _Clock()
-        chosen = self._select(request, asked, retrieve, notes)
-        clock.mark("retrieve")
-        chosen = keep_fitting(chosen, linear_layers(self.base.dit), notes)
-        gated = bool(chosen) and uses_gates and self.gates is not None
-        if chosen and uses_gates and not gated:
-            notes.append("There are no trained gates for this base model; the adapters are summed.")
-        clock.mark("load")
-        prompt = with_triggers(request.prompt, chosen) if use_triggers else request.prompt
-        if not prompt:
-            raise GenerationError("The prompt has nothing but LoRA tags; add a few words to it.")
-        report = _report(request, prompt, self.config.name, name)
-        report.adapters = [entry.to_report() for entry in chosen]
-        report.notes = notes
-        return _Plan(request, chosen, report, gated, clock)
+        The pool is searched, adapters are attached and the prompt is read once.
 
-    def _select(
-        self, request: Request, asked: list[AskedLoRA], retrieve: bool, notes: list[str]
-    ) -> list[Chosen]:
-        """Adapters in the order attached, asked for, retrieved."""
-        named = load_asked(self.pool, asked) if asked else []
-        names = {entry.lora.name for entry in named}
-        standing = [entry for entry in self._attached if entry.lora.name not in names]
-        if self._attached or not retrieve or len(named) >= request.top_k:
-            return standing + named
-        hits = self._retrieve(request, [entry.lora.name for entry in named])
-        notes += left_out_notes(self._search.open().report.left_out)
-        return named + load_hits(self.pool, hits, notes)
+        Args:
+            prompt: What the pictures shall show.
+            seeds: Seeds of the noises.
+            batch: Pictures to draw at once. With 1 every picture is the same to the byte as one
+                that is drawn alone; with more, single pixels may differ by a grey level.
+            planned: Called once before the first step, with the first picture's report.
+            progress: Called with steps done and steps in all, over all pictures.
+            preview: As for a call; of a batch the first picture is shown.
+            preview_every: Steps from one preview to the next.
+            **options: The further options of a call, such as ``steps``.
 
-    def _retrieve(self, request: Request, taken: Sequence[str]) -> list[Hit]:
-        if not request.prompt:
+        Returns:
+            One output per seed, in their order.
+
+        Raises:
+            AutoLoRAError: Something that was asked for is not possible.
+        """
+        if not seeds:
             return []
-        hits = self._search.choose(request.prompt, request.top_k - len(taken), taken)
-        # Equally good ones in an order that does not hang on the last digits of their scores.
-        return sorted(hits, key=lambda hit: (-round(hit.score, 3), hit.name))
+        for seed in seeds:
+            make_request(self.config, prompt, seed=seed)
+        with self._lock:
+            plan = self._planner.plan(prompt, seeds[0], **options)
+            if planned is not None:
+                planned(plan.report)
+            return self._make(plan, seeds, progress, preview, preview_every, batch)
 
+    def _make(
+        self,
+        plan: Plan,
+        seeds: Sequence[int],
+        progress: Progress | None,
+        preview: Preview | None,
+        preview_every: int,
+        batch: int = 1,
+    ) -> list[Output]:
+        from autolora.generation.denoise import Watch
+        from autolora.generation.making import make_pictures
 
-class _Clock:
-    """Seconds between marks."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def mark(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
-
-    def total(self) -> float:
-        return time.perf_counter() - self.start
-
-
-@dataclass
-class _Plan:
-    """A picture that is ready to be made."""
-
-    request: Request
-    chosen: list[Chosen]
-    report: Report
-    gated: bool
-    clock: _Clock
-
-
-def shipped_gate(config: PipelineConfig) -> Path | None:
-    """The gates that the package ships for its own base model, where it does."""
-    path = Path(__file__).parent / "flux" / "tiny" / "weights" / "gate.safetensors"
-    return path if config.uses_shipped_weights and path.is_file() else None
-
-
-def _pairs(chosen: Sequence[Chosen]) -> list[tuple[LoRA, float]]:
-    """Pairs to attach, by name, so that the order of asking cannot change a picture's bytes."""
-    ordered = sorted(chosen, key=lambda entry: entry.lora.name)
-    return [(entry.lora, entry.strength) for entry in ordered]
-
-
-def _report(request: Request, used_prompt: str, model: str, strategy: str) -> Report:
-    return Report(
-        prompt=request.typed,
-        used_prompt=used_prompt,
-        negative_prompt=request.negative_prompt,
-        model=model,
-        strategy=strategy,
-        seed=request.seed,
-        steps=request.steps,
-        width=request.width,
-        height=request.height,
-        guidance=request.guidance,
-        sigma_shift=request.sigma_shift,
-        versions=program_versions(),
-    )
+        report = plan.report
+        acting = self._attachments.in_force(
+            plan.chosen, report.strategy, report.notes, report.text_encoders
+        )
+        watch = Watch(progress, preview, preview_every)
+        return make_pictures(self.base, plan, acting, seeds, watch, batch)

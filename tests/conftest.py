@@ -11,6 +11,7 @@ import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+ROOT = Path(__file__).resolve().parents[1]
 SHAPES_RANK = 4
 
 
@@ -101,3 +102,12 @@ def make_config(tmp_path: Path, tiny_weights: Path):
         return path
 
     return write
+
+
+@pytest.fixture
+def home(tmp_path: Path, make_config, make_pool, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a pool and a configuration, which the environment names."""
+    make_pool(tmp_path / "pool")
+    monkeypatch.setenv("AUTOLORA_MODEL", str(make_config()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

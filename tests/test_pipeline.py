@@ -73,7 +73,7 @@ def test_a_prompt_finds_its_adapters_and_says_why(pipe) -> None:
     timings = output.report.timings
     parts = ("retrieve", "load", "attach", "encode", "denoise", "decode")
     assert sum(timings[part] for part in parts) == pytest.approx(timings["total"], rel=0.05)
-    assert set(output.report.versions) == {"autolora", "diffsynth", "torch"}
+    assert {"autolora", "diffsynth", "torch"} <= set(output.report.versions)
 
 
 def test_nothing_is_taken_when_nothing_fits(pipe) -> None:
@@ -304,7 +304,7 @@ def test_portraits_reach_the_encoder_whatever_is_attached(pipe, tmp_path: Path) 
         ({"prompt": "<lora:neon:1>", "use_triggers": False}, GenerationError, "nothing but"),
         ({"steps": 0}, GenerationError, "Steps must be between"),
         ({"steps": 201}, GenerationError, "Steps must be between"),
-        ({"size": (100, 64)}, GenerationError, "multiples of 16"),
+        ({"size": (40, 64)}, GenerationError, "between 64 and 2048"),
         ({"size": (64, 4096)}, GenerationError, "between 64 and 2048"),
         ({"guidance": float("nan")}, GenerationError, "Guidance"),
         ({"seed": -1}, GenerationError, "Seed"),

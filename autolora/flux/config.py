@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,10 +19,22 @@ from typing import Any
 import yaml
 
 from autolora.errors import ConfigError, shown
+from autolora.flux.settings import (
+    PARTS,
+    AdapterSettings,
+    CheckpointSettings,
+    MemorySettings,
+    hub_reference,
+)
+from autolora.flux.values import read_values
 
 KINDS = ("tiny", "flux1")
-STORAGES = ("float8", "bfloat16", "float32")
+PLAIN_STORAGES = ("float8", "bfloat16", "float32")
+PACKED_STORAGES = ("nf4", "torchao_float8", "torchao_float8_dynamic")
+"""Storages that a library packs weights for; full-size models only."""
+STORAGES = (*PLAIN_STORAGES, *PACKED_STORAGES)
 COMPUTES = ("auto", "bfloat16", "float32")
+TEXTS = ("auto", "minilm", "clip")
 SIZE_MULTIPLE = 16
 MIN_SIZE, MAX_SIZE = 64, 2048
 MAX_STEPS = 200
@@ -53,9 +65,11 @@ class PortraitSettings:
             found.append(f"portrait.sigmas must be numbers in (0, 1], not {list(self.sigmas)}")
         if self.noises < 1 or self.batch < 1:
             found.append("portrait.noises and portrait.batch must be at least 1")
-        problem = size_problem(self.size, self.size)
-        if problem:
-            found.append(f"portrait.size: {problem}")
+        if self.size % SIZE_MULTIPLE or not MIN_SIZE <= self.size <= MAX_SIZE:
+            found.append(
+                f"portrait.size must be a multiple of {SIZE_MULTIPLE} between {MIN_SIZE} and "
+                f"{MAX_SIZE}, not {self.size}"
+            )
         return found
 
 
@@ -68,11 +82,16 @@ class PipelineConfig:
     kind: str = "tiny"
     """Which family of base model: one of `KINDS`."""
     weights: Path | None = None
-    """Checkpoint; None stands for the one that the package ships."""
+    """Checkpoint; None stands for the one that the package ships. For a full-size model a shorter
+    way to say ``checkpoint.transformer`` (a file) or ``checkpoint.base`` (a folder)."""
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    """Where the files of a full-size model are."""
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    """How a full-size model shares the memory."""
     storage: str = "float8"
     """What the transformer's linear layers are kept in: one of `STORAGES`."""
     compute: str = "auto"
-    """What they compute in; ``auto`` follows storage, for float8 the device (float32 on a CPU)."""
+    """What they compute in; ``auto`` follows storage, or else the device (float32 on a CPU)."""
     device: str = "auto"
     """A torch device; ``auto`` is the first GPU, or else the CPU."""
     pool: Path = Path("lora_pool")
@@ -85,6 +104,9 @@ class PipelineConfig:
     """Weights of the gates; None stands for those that the package ships for its weights."""
     strategy: str = "gated"
     """How several adapters act in one layer."""
+    text: str = "auto"
+    """What reads prompts and metadata for the search: one of `TEXTS`; ``auto`` is the checkpoint's
+    CLIP for a full-size model."""
     top_k: int = 3
     """Most adapters that a prompt may take."""
     steps: int = 20
@@ -95,8 +117,13 @@ class PipelineConfig:
     """Picture height in pixels."""
     guidance: float = 3.0
     """Scale of classifier-free guidance; of embedded guidance where the model has that."""
+    true_cfg: float = 1.0
+    """Scale of classifier-free guidance on top of embedded guidance; 1 turns it off. It takes
+    twice the time, and is what a negative prompt needs in such a model."""
     sigma_shift: float | None = None
     """Shift of the noise schedule towards noise; None is DiffSynth's default for FLUX.1."""
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
+    """How adapters are kept ready and put into the base model."""
     portrait: PortraitSettings = field(default_factory=PortraitSettings)
     """How portraits of LoRAs are taken."""
 
@@ -106,23 +133,46 @@ class PipelineConfig:
         Raises:
             ConfigError: Naming every value that is wrong.
         """
-        found = self.portrait.problems()
-        for key, choices in (("kind", KINDS), ("storage", STORAGES), ("compute", COMPUTES)):
+        found = [
+            *self.portrait.problems(),
+            *self.checkpoint.problems(),
+            *self.memory.problems(),
+            *self.adapters.problems(),
+        ]
+        for key, choices in (
+            ("kind", KINDS),
+            ("storage", STORAGES),
+            ("compute", COMPUTES),
+            ("text", TEXTS),
+        ):
             value = getattr(self, key)
             if value not in choices:
                 found.append(f"{key} must be one of {', '.join(choices)}, not {value!r}")
-        if self.storage != "float8" and self.compute not in ("auto", self.storage):
-            found.append(f"storage {self.storage} computes in {self.storage}, not {self.compute}")
+        found += self._storage_problems()
         for problem in (
             steps_problem(self.steps),
             size_problem(self.width, self.height),
             guidance_problem(self.guidance),
+            guidance_problem(self.true_cfg, "true_cfg"),
             top_k_problem(self.top_k),
         ):
             if problem:
                 found.append(problem)
         if found:
             raise ConfigError(f"Configuration {shown(self.name)!r}: {'; '.join(found)}.")
+
+    def _storage_problems(self) -> list[str]:
+        found = []
+        if self.storage in ("bfloat16", "float32") and self.compute not in ("auto", self.storage):
+            found.append(f"storage {self.storage} computes in {self.storage}, not {self.compute}")
+        if self.storage in PACKED_STORAGES:
+            if self.kind == "tiny":
+                found.append(f"storage {self.storage} is for full-size models, not for kind tiny")
+            if self.memory.offload == "layers":
+                found.append(f"storage {self.storage} goes with memory.offload none or parts")
+        if self.kind == "tiny" and self.text == "clip":
+            found.append("kind tiny has no CLIP; text must be auto or minilm")
+        return found
 
     @property
     def uses_shipped_weights(self) -> bool:
@@ -150,20 +200,25 @@ def steps_problem(steps: int) -> str | None:
 
 def size_problem(width: int, height: int) -> str | None:
     """Say what is wrong with a picture size in pixels, or None."""
-    for side in (width, height):
-        if side % SIZE_MULTIPLE or not MIN_SIZE <= side <= MAX_SIZE:
-            return (
-                f"size {width}x{height} is not possible: width and height must be multiples of "
-                f"{SIZE_MULTIPLE} between {MIN_SIZE} and {MAX_SIZE}"
-            )
-    return None
+    if all(MIN_SIZE <= side <= MAX_SIZE for side in (width, height)):
+        return None
+    return (
+        f"size {width}x{height} is not possible: width and height must be between {MIN_SIZE} and "
+        f"{MAX_SIZE}"
+    )
 
 
-def guidance_problem(guidance: float) -> str | None:
+def rounded_size(width: int, height: int) -> tuple[int, int]:
+    """Round a picture size up to what the model can draw, as DiffSynth does."""
+    wide, high = (-(-side // SIZE_MULTIPLE) * SIZE_MULTIPLE for side in (width, height))
+    return wide, high
+
+
+def guidance_problem(guidance: float, name: str = "guidance") -> str | None:
     """Say what is wrong with a guidance scale, or None."""
     if math.isfinite(guidance) and 0 <= guidance <= 100:
         return None
-    return f"guidance must be a number between 0 and 100, not {guidance}"
+    return f"{name} must be a number between 0 and 100, not {guidance}"
 
 
 def top_k_problem(top_k: int) -> str | None:
@@ -246,14 +301,28 @@ def load_config(source: str | Path) -> PipelineConfig:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{shown(path)} must hold keys and values, such as `kind: tiny`.")
     found: list[str] = []
-    values = _values(PipelineConfig, {"name": path.stem, **raw}, "", found)
+    values = read_values(PipelineConfig, {"name": path.stem, **raw}, found)
     if found:
         raise ConfigError(f"{shown(path)}: {'; '.join(found)}.")
     root = _root(path)
+    values["checkpoint"] = _rooted(values.get("checkpoint", CheckpointSettings()), root)
     for key in ("weights", "pool", "index", "encoder", "gate"):
         value = values.get(key, PipelineConfig.__dataclass_fields__[key].default)
         values[key] = None if value is None else root / Path(value).expanduser()
     return PipelineConfig(**values)
+
+
+def _rooted(checkpoint: CheckpointSettings, root: Path) -> CheckpointSettings:
+    """Make paths absolute; what is neither there nor a path stays a hub reference."""
+    changes: dict[str, Any] = {"folder": root / checkpoint.folder.expanduser()}
+    for part in ("base", *PARTS):
+        text = getattr(checkpoint, part)
+        if text is None:
+            continue
+        path = root / Path(text).expanduser()
+        if path.exists() or hub_reference(text) is None:
+            changes[part] = str(path)
+    return dataclasses.replace(checkpoint, **changes)
 
 
 def _root(path: Path) -> Path:
@@ -262,61 +331,3 @@ def _root(path: Path) -> Path:
         return folder
     inside_package = (folder.parent / "flux").is_dir() and (folder.parent / "cli.py").is_file()
     return Path.cwd() if inside_package else folder.parent
-
-
-def _values(
-    kind: type[Any], raw: Mapping[Any, Any], where: str, found: list[str]
-) -> dict[str, Any]:
-    """Check keys and types against a dataclass; what is wrong is added to ``found``."""
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in fields:
-            close = get_close_matches(str(key), fields, n=1)
-            hint = f" (did you mean {where}{close[0]}?)" if close else ""
-            found.append(f"unknown key {where}{shown(key)}{hint}")
-        elif key == "portrait":
-            if isinstance(value, Mapping):
-                values[key] = PortraitSettings(
-                    **_values(PortraitSettings, value, "portrait.", found)
-                )
-            else:
-                found.append("portrait must hold keys and values")
-        else:
-            expected = str(fields[key].type)
-            converted = _convert(expected, value)
-            if converted is _WRONG:
-                wanted = _WORDS[expected.removesuffix(" | None")]
-                found.append(f"{where}{key} must be {wanted}, not {shown(repr(value), 60)}")
-            else:
-                values[key] = converted
-    return values
-
-
-_WRONG = object()
-_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "Path": "a path",
-    "tuple[float, ...]": "a list of numbers",
-}
-
-
-def _convert(expected: str, value: Any) -> Any:
-    """Return the value as the field's type, or `_WRONG`."""
-    if value is None:
-        return None if expected.endswith("| None") else _WRONG
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    plain = expected.removesuffix(" | None")
-    if plain == "int":
-        return value if number and isinstance(value, int) else _WRONG
-    if plain == "float":
-        return float(value) if number else _WRONG
-    if plain == "tuple[float, ...]":
-        listed = isinstance(value, Sequence) and not isinstance(value, str)
-        good = listed and all(_convert("float", item) is not _WRONG for item in value)
-        return tuple(float(item) for item in value) if good else _WRONG
-    if not isinstance(value, str):
-        return _WRONG
-    return Path(value) if plain == "Path" else value

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PipelineConfig", "load_config", "load_pipeline", "quiet", "text_length_for"]
 
-FLUX_TEXT_LENGTH = 512
-
 
 def load_pipeline(config: PipelineConfig) -> Any:
     """Build the base model that a configuration describes.
@@ -40,7 +38,7 @@ def load_pipeline(config: PipelineConfig) -> Any:
         )
     device = resolve_device(config.device)
     with quiet():
-        return build(config, device, resolve_compute(config, device))
+        return build(config, device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -60,7 +58,12 @@ def resolve_device(name: str) -> torch.device:
             f"{shown(name)!r} is not a device; use auto, cpu, cuda or cuda:N."
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"Device {name} is not there for torch on this machine; use auto or cpu.")
+        from autolora.flux.hardware import why_no_cuda
+
+        why = f": {why_no_cuda()}" if not torch.cuda.is_available() else ""
+        raise ConfigError(
+            f"Device {name} is not there for torch on this machine{why}; use auto or cpu."
+        )
     return device
 
 
@@ -70,10 +73,10 @@ def resolve_compute(config: PipelineConfig, device: torch.device) -> torch.dtype
 
     if config.compute != "auto":
         name = config.compute
-    elif config.storage == "float8":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    else:
+    elif config.storage in ("bfloat16", "float32"):
         name = config.storage
+    else:
+        name = "float32" if device.type == "cpu" else "bfloat16"
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
@@ -86,7 +89,8 @@ def text_length_for(pipe: Any, prompts: Sequence[str]) -> int:
     """
     minilm = getattr(pipe.text_encoder_2, "minilm", None)
     if minilm is None:
-        return FLUX_TEXT_LENGTH
+        length: int = pipe.text_length
+        return length
     from autolora.flux.tiny.pipeline import text_length
 
     return text_length(minilm, list(prompts), pipe.dit.config)
@@ -109,11 +113,18 @@ def quiet() -> Iterator[None]:
         raise
 
 
-def _build_tiny(config: PipelineConfig, device: torch.device, compute: torch.dtype) -> Any:
+def _build_flux1(config: PipelineConfig, device: torch.device) -> Any:
+    from autolora.flux.flux1 import build_flux1
+
+    return build_flux1(config, device)
+
+
+def _build_tiny(config: PipelineConfig, device: torch.device) -> Any:
     from autolora.flux.quantize import store_in_float8
     from autolora.flux.tiny.pipeline import assemble
     from autolora.flux.tiny.weights import SHIPPED, load_tiny
 
+    compute = resolve_compute(config, device)
     _, parts = load_tiny(config.weights or SHIPPED)
     pipe = assemble(parts["dit"], parts["encoder"], parts["decoder"], device, compute)
     _cast_text(pipe, compute)
@@ -136,7 +147,8 @@ def _cast_text(pipe: Any, compute: torch.dtype) -> None:
         encoder.register_forward_hook(cast)
 
 
-_BUILDERS: dict[str, Callable[[PipelineConfig, torch.device, torch.dtype], Any]] = {
+_BUILDERS: dict[str, Callable[[PipelineConfig, torch.device], Any]] = {
     "tiny": _build_tiny,
+    "flux1": _build_flux1,
 }
 """One function per kind of base model."""

@@ -1,12 +1,11 @@
 """Fusion: how several adapters act in one linear layer."""
 
-from autolora.fusion.adapter import Adapter
+from autolora.fusion.adapter import Adapter, DenseAdapter
 from autolora.fusion.attach import (
-    AttachedAdapter,
     AttachReport,
     attach,
     attached,
-    attached_layers,
+    attached_names,
     detach,
     linear_shapes,
     set_strengths,
@@ -14,27 +13,45 @@ from autolora.fusion.attach import (
 from autolora.fusion.bank import GateBank, load_gates, save_gates
 from autolora.fusion.gate import Gate
 from autolora.fusion.linear import FusedLinear
+from autolora.fusion.matching import AttachedAdapter, attached_layers
+from autolora.fusion.merge import MergeReport, base_weight, merge_, merged, restore
+from autolora.fusion.plans import Capacity
 from autolora.fusion.record import GateRecords, record_gates
+from autolora.fusion.reserving import reserve
 from autolora.fusion.strategies import Strategy, get_strategy, strategy_names
+from autolora.fusion.switching import add, make_ready, remove, switch
 
 __all__ = [
     "Adapter",
     "AttachReport",
     "AttachedAdapter",
+    "Capacity",
+    "DenseAdapter",
     "FusedLinear",
     "Gate",
     "GateBank",
     "GateRecords",
+    "MergeReport",
     "Strategy",
+    "add",
     "attach",
     "attached",
     "attached_layers",
+    "attached_names",
+    "base_weight",
     "detach",
     "get_strategy",
     "linear_shapes",
     "load_gates",
+    "make_ready",
+    "merge_",
+    "merged",
     "record_gates",
+    "remove",
+    "reserve",
+    "restore",
     "save_gates",
     "set_strengths",
     "strategy_names",
+    "switch",
 ]

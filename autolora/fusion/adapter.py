@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -32,4 +32,45 @@ class Adapter(Protocol):
 
     def shape(self, layer: str) -> tuple[int, int]:
         """Return ``(out, in)``, the shape of the weight that the layer's delta is made for."""
+        ...
+
+
+@runtime_checkable
+class DenseAdapter(Adapter, Protocol):
+    """An adapter that may change more than low-rank factors can say, for merging.
+
+    LoKr, LoHa, DoRA and full differences are dense; biases and normalization weights can only be
+    merged.
+    """
+
+    @property
+    def needs_base(self) -> Sequence[str]:
+        """Layers whose delta depends on the weight that it is added to (DoRA)."""
+        ...
+
+    @property
+    def bias_layers(self) -> Sequence[str]:
+        """Layers whose bias is changed; some may not be among `layers`."""
+        ...
+
+    @property
+    def norms(self) -> Mapping[str, Tensor]:
+        """Changes of normalization weights by module path, ``[channels]`` at strength 1."""
+        ...
+
+    def exact(self, layer: str) -> bool:
+        """Return whether `factors` says all there is to say of a layer's weight."""
+        ...
+
+    def delta(self, layer: str, base: Tensor | None = None) -> Tensor:
+        """Return the dense change of a weight at strength 1, float32 ``[out, in]``.
+
+        Args:
+            layer: Canonical layer name.
+            base: The dense weight ``[out, in]``, for layers of `needs_base`.
+        """
+        ...
+
+    def bias(self, layer: str) -> Tensor | None:
+        """Return the change of a layer's bias at strength 1, ``[out]``, or None."""
         ...

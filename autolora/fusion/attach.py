@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -14,24 +13,17 @@ from autolora.errors import FusionError
 from autolora.fusion.adapter import Adapter
 from autolora.fusion.bank import GateBank
 from autolora.fusion.linear import FusedLinear, linear_shape
+from autolora.fusion.matching import (
+    AttachedAdapter,
+    attached_layers,
+    changed_strengths,
+    check_adapters,
+    find_linears,
+    match,
+    replace_layer,
+)
+from autolora.fusion.merge import Merge, merge_, merge_of, restore
 from autolora.fusion.strategies import Strategy, get_strategy
-
-
-@dataclass(frozen=True, slots=True)
-class AttachedAdapter:
-    """What became of one adapter.
-
-    Attributes:
-        name: Its name.
-        strength: Its strength.
-        layers: Layers it was put into.
-        skipped: Its other layers, each with the reason.
-    """
-
-    name: str
-    strength: float
-    layers: tuple[str, ...]
-    skipped: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +36,15 @@ class AttachReport:
         adapters: One entry per adapter, in the caller's order.
         ungated: Those of ``layers`` for which a strategy that uses gates had none, so that they
             sum; empty for other strategies.
+        rounding: By layer, what the rounding of a merged weight lost of the adapters, as
+            `autolora.fusion.merge.MergeReport` says; empty for other strategies.
     """
 
     strategy: str
     layers: tuple[str, ...]
     adapters: tuple[AttachedAdapter, ...]
     ungated: tuple[str, ...]
+    rounding: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -62,10 +57,11 @@ def attach(
     strategy: str = "gated",
     gates: GateBank | None = None,
 ) -> AttachReport:
-    """Put adapters around the linear layers of a model.
+    """Put adapters around the linear layers of a model, or into its weights.
 
     Everything is checked before anything is changed. Adapters that are attached already are
-    replaced; base layers are kept as they are, so that `detach` restores them to the bit.
+    replaced; base layers are kept as they are, so that `detach` restores them to the bit. The
+    strategy ``merged`` changes the weights, with a backup in memory.
 
     Args:
         module: The model, such as a FLUX DiT; adapters name its layers by module path.
@@ -75,36 +71,33 @@ def attach(
 
     Raises:
         FusionError: An unknown strategy, an adapter without a matching layer or of the wrong
-            shape, two adapters of one name, a strength that is not finite, or gates for another
-            model.
+            shape, two adapters of one name, a strength that is not finite, gates for another
+            model, or a weight that nothing can be merged into.
     """
     chosen = get_strategy(strategy)
-    _check_adapters(adapters)
-    linears = _find_linears(module)
-    attached = tuple(_match(adapter, strength, linears) for adapter, strength in adapters)
-    members: dict[str, list[tuple[Adapter, float]]] = {layer: [] for layer in linears}
-    for pair, entry in zip(adapters, attached, strict=True):
-        for layer in entry.layers:
-            members[layer].append(pair)
-    layers = tuple(layer for layer in linears if members[layer])
-    ungated = _check_gates(chosen, gates, layers, linears)
-    fused = {layer: _fuse(chosen, layer, linears[layer], members[layer], gates) for layer in layers}
+    if chosen.merges:
+        return _merge_instead(module, adapters)
+    plan = plan_layers(module, adapters, chosen, gates)
+    fused = {
+        layer: fuse_layer(chosen, layer, plan.linears[layer], members, gates)
+        for layer, members in plan.members.items()
+    }
     detach(module)
     for layer, replacement in fused.items():
-        _replace(module, layer, replacement)
-    return AttachReport(strategy, layers, attached, ungated)
+        replace_layer(module, layer, replacement)
+    return plan.report
 
 
 def detach(module: nn.Module) -> int:
-    """Take all adapters out: the base layers return as the same objects.
+    """Take all adapters out: base layers return as the same objects, merged weights to the bit.
 
     Returns:
-        The number of layers restored.
+        The number of layers, or for merged adapters of tensors, that were restored.
     """
     fused = attached_layers(module)
     for layer, replacement in fused.items():
-        _replace(module, layer, replacement.base)
-    return len(fused)
+        replace_layer(module, layer, replacement.base)
+    return len(fused) + restore(module)
 
 
 @contextmanager
@@ -114,101 +107,136 @@ def attached(
     strategy: str = "gated",
     gates: GateBank | None = None,
 ) -> Iterator[AttachReport]:
-    """Attach for the length of a ``with`` block; then what was attached before is there again.
+    """Attach for the length of a ``with`` block; then what was in force before is so again.
 
     Raises:
         FusionError: As for `attach`.
     """
-    before = attached_layers(module)
-    report = attach(module, adapters, strategy, gates)
+    before = _InForce.of(module)
     try:
-        yield report
+        yield attach(module, adapters, strategy, gates)
     finally:
-        detach(module)
-        for layer, replacement in before.items():
-            _replace(module, layer, replacement)
+        before.put_back(module)
 
 
 def set_strengths(module: nn.Module, strengths: Mapping[str, float]) -> None:
-    """Change the strengths of attached adapters by name; the others keep theirs.
+    """Change the strengths of attached or merged adapters by name; the others keep theirs.
 
     Raises:
         FusionError: A name is not attached, or a strength is not finite; nothing is changed then.
     """
+    merge = merge_of(module)
+    if merge is not None:
+        changed_strengths([adapter.name for adapter, _ in merge.pairs], strengths)
+        pairs = [(adapter, strengths.get(adapter.name, value)) for adapter, value in merge.pairs]
+        _remerge(module, merge, pairs)
+        return
     fused = attached_layers(module)
-    names = {name: None for layer in fused.values() for name in layer.names}
-    for name, strength in strengths.items():
-        if name not in names:
-            raise FusionError(
-                f"adapter {name!r} is not attached; attached: {', '.join(names) or 'none'}"
-            )
-        _check_strength(name, strength)
+    changed_strengths(attached_names(module), strengths)
     for layer in fused.values():
         if not strengths.keys().isdisjoint(layer.names):
             current = zip(layer.names, layer.strengths, strict=True)
             layer.set_strengths([strengths.get(name, value) for name, value in current])
 
 
-def attached_layers(module: nn.Module) -> dict[str, FusedLinear]:
-    """Return the layers that hold adapters, by canonical name."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, FusedLinear)}
+def attached_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the adapters that are attached or merged."""
+    merge = merge_of(module)
+    if merge is not None:
+        return tuple(adapter.name for adapter, _ in merge.pairs)
+    layers = attached_layers(module).values()
+    return tuple(dict.fromkeys(name for layer in layers for name in layer.names))
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Return ``(out, in)`` of every linear layer by path, as if nothing were attached."""
-    shapes = {layer: linear_shape(base) for layer, base in _find_linears(module).items()}
+    shapes = {layer: linear_shape(base) for layer, base in find_linears(module).items()}
     return {layer: shape for layer, shape in shapes.items() if shape is not None}
 
 
-def _find_linears(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the base of every linear layer by its path, as if nothing were attached."""
-    linears: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
-    for name, child in module.named_modules():
-        if not name or name.startswith(inside):
-            continue
-        base = child.base if isinstance(child, FusedLinear) else child
-        if linear_shape(base) is not None:
-            linears[name] = base
-            # A quantized layer may hold another linear inside; only the outer one is ours.
-            inside = (f"{name}.",)
-    return linears
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """What attaching means for every layer; nothing is changed yet.
+
+    Attributes:
+        linears: The base of every linear layer.
+        members: The adapters of each layer that holds any, in the model's order.
+        report: What is going to be told.
+    """
+
+    linears: dict[str, nn.Module]
+    members: dict[str, list[tuple[Adapter, float]]]
+    report: AttachReport
 
 
-def _check_adapters(adapters: Sequence[tuple[Adapter, float]]) -> None:
-    names = [adapter.name for adapter, _ in adapters]
-    for name in names:
-        if names.count(name) > 1:
-            raise FusionError(f"adapter {name!r} is given twice; add up its strengths instead")
-    for adapter, strength in adapters:
-        _check_strength(adapter.name, strength)
+def plan_layers(
+    module: nn.Module,
+    adapters: Sequence[tuple[Adapter, float]],
+    strategy: Strategy,
+    gates: GateBank | None,
+) -> LayerPlan:
+    """Check adapters and gates against a model.
+
+    Raises:
+        FusionError: As for `attach`.
+    """
+    check_adapters(adapters)
+    linears = find_linears(module)
+    matched = tuple(match(adapter, strength, linears) for adapter, strength in adapters)
+    members: dict[str, list[tuple[Adapter, float]]] = {layer: [] for layer in linears}
+    for pair, entry in zip(adapters, matched, strict=True):
+        for layer in entry.layers:
+            members[layer].append(pair)
+    members = {layer: pairs for layer, pairs in members.items() if pairs}
+    ungated = _check_gates(strategy, gates, tuple(members), linears)
+    report = AttachReport(strategy.name, tuple(members), matched, ungated)
+    return LayerPlan(linears, members, report)
 
 
-def _check_strength(name: str, strength: float) -> None:
-    if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise FusionError(f"strength {strength!r} of adapter {name!r} is not a finite number")
+@dataclass(frozen=True, slots=True)
+class _InForce:
+    """What is attached or merged at some moment."""
+
+    fused: dict[str, FusedLinear]
+    merge: Merge | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _InForce:
+        return cls(attached_layers(module), merge_of(module))
+
+    def put_back(self, module: nn.Module) -> None:
+        if self.merge is not None and self.merge is merge_of(module):
+            for layer, other in attached_layers(module).items():
+                replace_layer(module, layer, other.base)
+            return
+        detach(module)
+        for layer, replacement in self.fused.items():
+            replace_layer(module, layer, replacement)
+        if self.merge is not None:
+            merge_(module, self.merge.pairs, self.merge.backup, self.merge.original)
 
 
-def _match(adapter: Adapter, strength: float, linears: Mapping[str, nn.Module]) -> AttachedAdapter:
-    matched, skipped = [], {}
-    for layer in adapter.layers:
-        if layer not in linears:
-            skipped[layer] = "the model has no linear layer of this name"
-            continue
-        shape = linear_shape(linears[layer])
-        if shape != tuple(adapter.shape(layer)):
-            raise FusionError(
-                f"adapter {adapter.name!r} does not fit this model: layer {layer} is "
-                f"{list(shape or ())} here and {list(adapter.shape(layer))} in the adapter; "
-                "it was made for another base model"
-            )
-        matched.append(layer)
-    if not matched:
-        some = ", ".join(list(adapter.layers)[:5]) or "none"
-        raise FusionError(
-            f"adapter {adapter.name!r} matches no layer of this model; its layers: {some}"
-        )
-    return AttachedAdapter(adapter.name, float(strength), tuple(matched), skipped)
+def _merge_instead(module: nn.Module, adapters: Sequence[tuple[Adapter, float]]) -> AttachReport:
+    before = _InForce.of(module)
+    detach(module)
+    if not adapters:
+        return AttachReport("merged", (), (), ())
+    try:
+        report = merge_(module, adapters)
+    except BaseException:
+        before.put_back(module)
+        raise
+    return AttachReport("merged", report.layers, report.adapters, (), report.rounding)
+
+
+def _remerge(module: nn.Module, merge: Merge, pairs: Sequence[tuple[Adapter, float]]) -> None:
+    before = _InForce.of(module)
+    restore(module)
+    try:
+        merge_(module, pairs, merge.backup, merge.original)
+    except BaseException:
+        before.put_back(module)
+        raise
 
 
 def _check_gates(
@@ -231,21 +259,21 @@ def _check_gates(
     return tuple(layer for layer in layers if layer not in gates)
 
 
-def _fuse(
+def fuse_layer(
     strategy: Strategy,
     layer: str,
     base: nn.Module,
     adapters: Sequence[tuple[Adapter, float]],
     gates: GateBank | None,
 ) -> FusedLinear:
+    """Put the adapters of one layer around its base.
+
+    Raises:
+        FusionError: An adapter's factors are not what it promised.
+    """
     names = [adapter.name for adapter, _ in adapters]
     factors = [adapter.factors(layer) for adapter, _ in adapters]
     try:
         return strategy.fuse(layer, base, names, factors, [s for _, s in adapters], gates)
     except FusionError as error:
         raise FusionError(f"layer {layer}: {error}") from error
-
-
-def _replace(module: nn.Module, layer: str, replacement: nn.Module) -> None:
-    parent, _, name = layer.rpartition(".")
-    module.get_submodule(parent)._modules[name] = replacement

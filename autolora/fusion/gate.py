@@ -137,16 +137,17 @@ class Gate(nn.Module):
         they are cached until a parameter changes.
         """
         if self.trains:
-            return self._make_terms(dtype, device)
+            return self.make_terms(dtype, device)
         key = (dtype, device, *self._stamps())
         if self._cached_terms is None or self._cached_terms[0] != key:
             # A cache filled under inference_mode must still serve a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                terms = None if self.is_neutral() else self._make_terms(dtype, device)
+                terms = None if self.is_neutral() else self.make_terms(dtype, device)
             self._cached_terms = (key, terms)
         return self._cached_terms[1]
 
-    def _make_terms(self, dtype: torch.dtype, device: torch.device) -> GateTerms:
+    def make_terms(self, dtype: torch.dtype, device: torch.device) -> GateTerms:
+        """Rearrange the gate anew; differentiable, and also for a gate that is the plain sum."""
         scale_b, shift_b = self.norm_base.weight, self.norm_base.bias
         scale_l, shift_l = self.norm_lora.weight, self.norm_lora.bias
         base = self.weight_base + shift_l * self.weight_cross

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from autolora.errors import FusionError
 from autolora.fusion import arithmetic
-from autolora.fusion.arithmetic import Factors, GatedPlan, Recorder, SumPlan
-from autolora.fusion.gate import Gate, tensor_version
-
-Plan = TypeVar("Plan", SumPlan, GatedPlan)
+from autolora.fusion.arithmetic import Recorder
+from autolora.fusion.gate import Gate, GateTerms
+from autolora.fusion.packing import PackedAdapters
+from autolora.fusion.plans import Capacity, Factors
 
 
 class FusedLinear(nn.Module):
@@ -33,6 +32,9 @@ class FusedLinear(nn.Module):
         strengths: One factor per adapter on its output, 1 where None. An adapter of strength 0
             costs nothing.
         names: The adapters' names; numbered where None.
+        capacity: The most that the adapters may ever need. With one, adapters live in buffers of
+            fixed size, so that an exchange neither compiles anything anew nor invalidates a
+            captured graph; call `prepare` (or the layer) once before compiling.
 
     Raises:
         FusionError: A shape, a name or a strength does not fit.
@@ -45,6 +47,7 @@ class FusedLinear(nn.Module):
         gate: Gate | None = None,
         strengths: Sequence[float] | None = None,
         names: Sequence[str] | None = None,
+        capacity: Capacity | None = None,
     ) -> None:
         super().__init__()
         shape = linear_shape(base)
@@ -52,17 +55,15 @@ class FusedLinear(nn.Module):
             raise FusionError(f"can't put adapters around a {type(base).__name__}: not a linear")
         self.base = base
         self.train(base.training)
-        self.names = tuple(names) if names is not None else tuple(map(str, range(len(factors))))
-        if len(self.names) != len(factors) or len(set(self.names)) != len(factors):
-            raise FusionError(f"{len(factors)} adapters need as many different names: {self.names}")
-        for name, (a, b) in zip(self.names, factors, strict=True):
-            _check_factors(name, a, b, shape)
         if gate is not None and gate.out_features != shape[0]:
             raise FusionError(f"a gate for {gate.out_features} channels can't serve {shape[0]}")
-        self._factors = tuple(factors)
         self.__dict__["_gate"] = gate  # past nn.Module's registration
         self._recorder: Recorder | None = None
-        self.set_strengths([1.0] * len(factors) if strengths is None else strengths)
+        self._packed = PackedAdapters(shape[1], shape[0], capacity)
+        self._ready_terms: tuple[torch.dtype, torch.device, GateTerms | None] | None = None
+        self._factors: tuple[Factors, ...] = ()
+        names = tuple(map(str, range(len(factors)))) if names is None else names
+        self.set_adapters(names, factors, strengths)
 
     @property
     def in_features(self) -> int:
@@ -94,29 +95,61 @@ class FusedLinear(nn.Module):
         """The factor on each adapter's output, in the order of ``names``."""
         return self._strengths
 
+    @property
+    def factors(self) -> tuple[Factors, ...]:
+        """``(A [r, in], B [out, r])`` of each adapter, in the order of ``names``."""
+        return self._factors
+
+    def set_adapters(
+        self,
+        names: Sequence[str],
+        factors: Sequence[Factors],
+        strengths: Sequence[float] | None = None,
+    ) -> None:
+        """Replace the adapters in place; base and gate stay.
+
+        Args:
+            names: One different name per adapter.
+            factors: ``(A [r, in], B [out, r])`` per adapter; ranks may differ.
+            strengths: One per adapter, 1 where None.
+
+        Raises:
+            FusionError: As for the constructor; nothing is changed then.
+        """
+        names = tuple(names)
+        if len(names) != len(factors) or len(set(names)) != len(factors):
+            raise FusionError(f"{len(factors)} adapters need as many different names: {names}")
+        for name, (a, b) in zip(names, factors, strict=True):
+            _check_factors(name, a, b, (self.out_features, self.in_features))
+        values = _check_strengths(names, [1.0] * len(names) if strengths is None else strengths)
+        self._take(names, tuple((a, b) for a, b in factors), values)
+
+    @property
+    def capacity(self) -> Capacity | None:
+        """The declared most that the adapters may need, None where there is none."""
+        return self._packed.capacity
+
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """Change how strongly each adapter acts, in the order of ``names``.
 
         Raises:
             FusionError: Their number is wrong, or one is not finite.
         """
-        values = tuple(float(s) for s in strengths)
-        if len(values) != len(self.names):
-            raise FusionError(f"{len(self.names)} adapters need as many strengths, not {values}")
-        for name, value in zip(self.names, values, strict=True):
-            if not math.isfinite(value):
-                raise FusionError(f"strength {value} of adapter {name} is not a finite number")
-        self._strengths = values
-        live = [i for i, value in enumerate(values) if value != 0]
-        self._live = tuple(live)
-        self._live_factors = tuple(self._factors[i] for i in live)
-        self._live_strengths = tuple(values[i] for i in live)
-        self._cache: tuple[tuple[object, ...], Any] | None = None
+        self._take(self.names, self._factors, _check_strengths(self.names, strengths))
+
+    def _take(
+        self, names: tuple[str, ...], factors: tuple[Factors, ...], values: tuple[float, ...]
+    ) -> None:
+        live = tuple(i for i, value in enumerate(values) if value != 0)
+        self._packed.set([factors[i] for i in live], [values[i] for i in live])
+        self.names, self._factors, self._strengths, self._live = names, factors, values, live
+        self._idle = not live and self._packed.capacity is None
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the base's output with the adapters', ``[..., in] -> [..., out]``, its dtype."""
         y: Tensor = self.base(x, *args, **kwargs)
-        if not self._live:
+        # Compiled code must not depend on which adapters are live.
+        if self._idle or not (torch.compiler.is_compiling() or self._live):
             return y
         # The dtypes are chosen here; autocast would choose them per operation.
         if torch.is_autocast_enabled(y.device.type):
@@ -124,51 +157,62 @@ class FusedLinear(nn.Module):
                 return self._add_adapters(x, y)
         return self._add_adapters(x, y)
 
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Make ready what the first call would make; call it before compiling or capturing.
+
+        Args:
+            dtype: Of the base's output.
+            device: Of the base's output.
+        """
+        if self._idle:
+            return
+        terms = self._terms(dtype, device)
+        dtype = arithmetic.working_dtype(dtype, device)
+        if terms is None:
+            self._packed.sum(dtype, device)
+        else:
+            self._packed.gated(dtype, device)
+
     def _add_adapters(self, x: Tensor, y: Tensor) -> Tensor:
-        dtype = arithmetic.working_dtype(y)
+        dtype = arithmetic.working_dtype(y.dtype, y.device)
         rows = x.reshape(-1, x.shape[-1]).to(device=y.device, dtype=dtype)
         base = y.reshape(-1, y.shape[-1])
-        gate = self.gate
-        terms = None if gate is None else gate.terms(dtype, y.device)
-        if gate is None or terms is None:
-            fused = arithmetic.fuse_sum(base, rows, self._sum_plan(dtype, y.device))
+        terms = self._terms(y.dtype, y.device)
+        if terms is None:
+            fused = arithmetic.fuse_sum(base, rows, self._packed.sum(dtype, y.device))
             if self._recorder is not None:
                 self._record(torch.ones(len(self._live)))
         else:
-            plan = self._gated_plan(dtype, y.device)
-            differentiable = torch.is_grad_enabled() and (
-                y.requires_grad or x.requires_grad or gate.trains or self._factors_train()
-            )
+            plan = self._packed.gated(dtype, y.device)
             record = None if self._recorder is None else self._record
-            fused = arithmetic.fuse_gated(base, rows, plan, terms, differentiable, record)
+            inplace = not torch.is_grad_enabled() and self._owns_output()
+            fused = arithmetic.fuse_gated(base, rows, plan, terms, record, inplace)
         return fused.view(y.shape)
 
-    def _sum_plan(self, dtype: torch.dtype, device: torch.device) -> SumPlan:
-        return self._cached(arithmetic.make_sum_plan, dtype, device)
+    def _terms(self, dtype: torch.dtype, device: torch.device) -> GateTerms | None:
+        """Return the gate's terms for this base output; None is the plain sum."""
+        gate = self.gate
+        if gate is None:
+            return None
+        wide = torch.promote_types(dtype, torch.float32)
+        if not torch.compiler.is_compiling():
+            terms = gate.terms(wide, device)
+            self._ready_terms = None if gate.trains else (wide, device, terms)
+            return terms
+        # Which gate is the plain sum can't be decided in compiled code, only before.
+        if gate.trains or self._ready_terms is None or self._ready_terms[:2] != (wide, device):
+            return gate.make_terms(wide, device)
+        return self._ready_terms[2]
 
-    def _gated_plan(self, dtype: torch.dtype, device: torch.device) -> GatedPlan:
-        return self._cached(arithmetic.make_gated_plan, dtype, device)
-
-    def _cached(self, make: Callable[..., Plan], dtype: torch.dtype, device: torch.device) -> Plan:
-        if torch.is_grad_enabled() and self._factors_train():
-            return make(self._live_factors, self._live_strengths, dtype, device)
-        stamps = tuple(tensor_version(t) for pair in self._live_factors for t in pair)
-        key = (make, dtype, device, stamps)
-        if self._cache is None or self._cache[0] != key:
-            # A plan made under inference_mode must still serve a later training step.
-            with torch.inference_mode(False), torch.no_grad():
-                plan = make(self._live_factors, self._live_strengths, dtype, device)
-            self._cache = (key, plan)
-        return self._cache[1]
-
-    def _factors_train(self) -> bool:
-        return any(a.requires_grad or b.requires_grad for a, b in self._live_factors)
+    def _owns_output(self) -> bool:
+        """Whether nobody else can hold the base's output, so that it may be overwritten."""
+        return isinstance(self.base, nn.Linear) and not self.base._forward_hooks
 
     def _record(self, means: Tensor) -> None:
         """Pass on the live adapters' gates; an adapter of strength 0 says nothing."""
         assert self._recorder is not None
         all_means = torch.zeros(len(self.names), device=means.device)
-        all_means[list(self._live)] = means
+        all_means[list(self._live)] = means[: len(self._live)]
         self._recorder(all_means)
 
     def extra_repr(self) -> str:
@@ -193,3 +237,13 @@ def _check_factors(name: str, a: Tensor, b: Tensor, shape: tuple[int, int]) -> N
             f"factors A {list(a.shape)} and B {list(b.shape)} of adapter {name} do not make a "
             f"{list(shape)} weight; it was made for another model"
         )
+
+
+def _check_strengths(names: Sequence[str], strengths: Sequence[float]) -> tuple[float, ...]:
+    values = tuple(float(s) for s in strengths)
+    if len(values) != len(names):
+        raise FusionError(f"{len(names)} adapters need as many strengths, not {values}")
+    for name, value in zip(names, values, strict=True):
+        if not math.isfinite(value):
+            raise FusionError(f"strength {value} of adapter {name} is not a finite number")
+    return values

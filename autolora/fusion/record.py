@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autolora.fusion.attach import attached_layers
+from autolora.fusion.matching import attached_layers
+
+
+@dataclass(frozen=True)
+class GateMap:
+    """Gates of one picture by adapter, layer and step, counted as `GateRecords` counts them.
+
+    Attributes:
+        layers: Names of the layers, in the order in which they run.
+        steps: Denoising steps.
+        adapters: By adapter, rows by layer of values by step; None where a layer lacks the adapter.
+    """
+
+    layers: tuple[str, ...]
+    steps: int
+    adapters: Mapping[str, Sequence[Sequence[float] | None]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, rounded to what can be seen."""
+        rows = {
+            name: [None if row is None else [round(value, 3) for value in row] for row in rows]
+            for name, rows in self.adapters.items()
+        }
+        return {"layers": list(self.layers), "steps": self.steps, "adapters": rows}
 
 
 class GateRecords:
@@ -42,6 +67,23 @@ class GateRecords:
             for name, gate in layer.items():
                 gates.setdefault(name, []).append(gate)
         return {name: sum(values) / len(values) for name, values in gates.items()}
+
+    def by_step(self, steps: int) -> GateMap:
+        """Return the means over the calls of each step, by adapter, layer and step.
+
+        Args:
+            steps: Denoising steps that were recorded; each has the same number of calls.
+        """
+        layers = tuple(layer for layer, calls in self.calls.items() if calls)
+        rows: dict[str, list[list[float] | None]] = {}
+        for number, layer in enumerate(layers):
+            calls = torch.stack(self.calls[layer])
+            if len(calls) % steps:
+                raise ValueError(f"{len(calls)} calls of {layer} do not make {steps} steps.")
+            means = calls.unflatten(0, (steps, -1)).mean(1).T.tolist()
+            for name, values in zip(self.names[layer], means, strict=True):
+                rows.setdefault(name, [None] * len(layers))[number] = values
+        return GateMap(layers, steps, rows)
 
 
 @contextmanager

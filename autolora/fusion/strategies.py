@@ -1,12 +1,12 @@
 """Ways to let several adapters act in one linear layer.
 
-A strategy is one small class that turns a base layer and its adapters into a `FusedLinear`. Adding
-one means writing the class and decorating it with `register`.
+A strategy is one small class that turns a base layer and its adapters into a `FusedLinear`, or says
+that they are merged into the weight. Adding one means writing the class and decorating it with
+`register`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -15,20 +15,29 @@ from torch import nn
 from autolora.errors import FusionError
 from autolora.fusion.arithmetic import Factors
 from autolora.fusion.bank import GateBank
+from autolora.fusion.gate import Gate
 from autolora.fusion.linear import FusedLinear
 
 
-class Strategy(ABC):
-    """How the adapters of one layer are combined."""
+class Strategy:
+    """How the adapters of one layer are combined.
+
+    A subclass gives `name` and `summary`, and overrides `gate` or `fuse`.
+    """
 
     name: ClassVar[str]
     """The name that users choose it by."""
     summary: ClassVar[str]
     """One line for lists of choices."""
     uses_gates: ClassVar[bool] = False
-    """Whether `fuse` looks at the gates."""
+    """Whether it looks at the gates."""
+    merges: ClassVar[bool] = False
+    """Whether weights are changed (`autolora.fusion.merge`) and no layer is wrapped."""
 
-    @abstractmethod
+    def gate(self, layer: str, gates: GateBank | None) -> Gate | None:
+        """Return the gate that a layer's adapters go through; None is the plain sum."""
+        return None
+
     def fuse(
         self,
         layer: str,
@@ -51,6 +60,11 @@ class Strategy(ABC):
         Raises:
             FusionError: A shape does not fit.
         """
+        return FusedLinear(base, factors, self.gate(layer, gates), strengths, names)
+
+    def updates(self, layer: str, fused: FusedLinear, gates: GateBank | None) -> bool:
+        """Tell whether other adapters in this very layer make what `fuse` would make anew."""
+        return type(fused) is FusedLinear and fused.gate is self.gate(layer, gates)
 
 
 _STRATEGIES: dict[str, type[Strategy]] = {}
@@ -85,18 +99,6 @@ class Sum(Strategy):
     name = "sum"
     summary = "adds all adapters at their strengths"
 
-    def fuse(
-        self,
-        layer: str,
-        base: nn.Module,
-        names: Sequence[str],
-        factors: Sequence[Factors],
-        strengths: Sequence[float],
-        gates: GateBank | None,
-    ) -> FusedLinear:
-        """Ignore the gates."""
-        return FusedLinear(base, factors, strengths=strengths, names=names)
-
 
 @register
 class Gated(Strategy):
@@ -106,15 +108,19 @@ class Gated(Strategy):
     summary = "learned gates weigh the adapters per channel and token"
     uses_gates = True
 
-    def fuse(
-        self,
-        layer: str,
-        base: nn.Module,
-        names: Sequence[str],
-        factors: Sequence[Factors],
-        strengths: Sequence[float],
-        gates: GateBank | None,
-    ) -> FusedLinear:
-        """Use the layer's gate, where there is one."""
-        gate = None if gates is None else gates.get(layer)
-        return FusedLinear(base, factors, gate, strengths, names)
+    def gate(self, layer: str, gates: GateBank | None) -> Gate | None:
+        """Return the layer's gate, where there is one."""
+        return None if gates is None else gates.get(layer)
+
+
+@register
+class Merged(Strategy):
+    """``W + sum_i s_i dW_i``, the weights themselves; backed up and restored to the bit.
+
+    No cost per step and every kind of adapter exactly, at the price of a backup of the weights, a
+    slower switch, and the rounding of a weight that is stored in few bits.
+    """
+
+    name = "merged"
+    summary = "adds all adapters to the weights until they are detached"
+    merges = True

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from autolora.errors import GenerationError, shown
 
-MAX_PROMPT = 4000
+MAX_PROMPT = 10_000
+"""Most characters of a prompt."""
 MAX_STRENGTH = 10.0
 _TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 _SPACES = re.compile(r"\s+")
@@ -63,6 +64,8 @@ def parse_prompt(prompt: str) -> ParsedPrompt:
         raise GenerationError(
             f"The prompt has {len(prompt)} characters; at most {MAX_PROMPT} are possible."
         )
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise GenerationError("The prompt is not valid text; save or type it as UTF-8.")
     loras = tuple(_parse_tag(match.group(1)) for match in _TAG.finditer(prompt))
     return ParsedPrompt(_tidy(_TAG.sub(" ", prompt)), loras)
 

@@ -1,28 +1,33 @@
 """What a generation gives back: the picture, and the facts about how it was made.
 
 The facts travel with the picture, in two PNG text chunks: ``parameters``, as A1111 writes it, so
-that other programs can read prompt and LoRAs, and ``autolora``, the whole report as JSON.
-Nothing here needs torch.
+that other programs can read prompt and LoRAs, and ``autolora``, the report as JSON, from which
+`autolora.generation.repeat` makes the picture again. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
+import math
 import os
-import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.errors import GenerationError, shown
+from autolora.generation import a1111
+from autolora.generation.png import check_png_name, encode_png, read_texts, write_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = ["CHUNK", "BaseModel", "Output", "Report", "UsedAdapter", "check_png_name", "read_report"]
+
 CHUNK = "autolora"
-A1111_CHUNK = "parameters"
+VERSION = 1
+"""Of the JSON in pictures; raised when an older program would misread it."""
 
 
 @dataclass
@@ -39,6 +44,8 @@ class UsedAdapter:
         triggers: Trigger words of it that were added to the prompt.
         gate: Mean over layers, steps and channels of how far its gates were open, 1 as the plain
             sum; None where it was not recorded.
+        channels: What each channel of the search gave, in [0, 1].
+        data_sha256: Hash of its file's tensor data alone, as A1111 and Civitai (AutoV3) know it.
     """
 
     name: str
@@ -49,6 +56,35 @@ class UsedAdapter:
     layers: int = 0
     triggers: list[str] = field(default_factory=list)
     gate: float | None = None
+    channels: dict[str, float] = field(default_factory=dict)
+    data_sha256: str = ""
+
+
+@dataclass
+class BaseModel:
+    """What the base model's part of a picture hangs on.
+
+    Attributes:
+        kind: Family of the base model.
+        storage: What its linear layers are kept in.
+        compute: What they compute in.
+        device: Where it ran, such as ``cpu`` or the name of a card.
+        threads: Threads that torch computed with on a CPU; 0 elsewhere.
+        files: Fingerprints of its files, and of the gates', by part; see
+            `autolora.generation.identity`.
+    """
+
+    kind: str
+    storage: str
+    compute: str
+    device: str
+    threads: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def checkpoint_sha256(self) -> str:
+        """Hash of the transformer's file; empty where only parts of a large file were hashed."""
+        return self.files.get("transformer", "").partition("sha256:")[2]
 
 
 @dataclass
@@ -67,10 +103,15 @@ class Report:
         height: Pixels.
         guidance: Guidance scale.
         sigma_shift: Shift of the noise schedule; None is the default.
+        true_cfg: Scale of classifier-free guidance where `guidance` is embedded; None where
+            `guidance` itself is classifier-free.
+        text_encoders: Whether the adapters' text encoder parts were applied.
         adapters: What took part, in order.
+        base: What the base model was.
         notes: What a user should know, one sentence each, such as files that were left out.
         timings: Seconds by part: ``retrieve``, ``load`` (of the base model, about 0 once it is
-            loaded), ``attach``, ``encode``, ``denoise``, ``decode``, and ``total``.
+            loaded), ``attach``, ``encode``, ``denoise``, ``decode``, and ``total``. Not in
+            pictures, so that the same request gives the same file.
         versions: Of the programs involved.
     """
 
@@ -85,7 +126,10 @@ class Report:
     height: int
     guidance: float
     sigma_shift: float | None = None
+    true_cfg: float | None = None
+    text_encoders: bool = False
     adapters: list[UsedAdapter] = field(default_factory=list)
+    base: BaseModel | None = None
     notes: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -94,28 +138,33 @@ class Report:
         """Return the report as plain data for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read a report from plain data, such as `to_dict` gives.
+
+        Args:
+            data: The data; keys that are not known are passed over.
+
+        Raises:
+            GenerationError: A value is missing, or is not of the kind that it must be.
+        """
+        values = _values(cls, data)
+        values["adapters"] = [
+            UsedAdapter(**_values(UsedAdapter, entry)) for entry in values.get("adapters", [])
+        ]
+        base = values.get("base")
+        values["base"] = None if base is None else BaseModel(**_values(BaseModel, base))
+        return cls(**values)
+
     def a1111(self) -> str:
         """Return the report as A1111 writes generation parameters."""
-        tags = "".join(f" <lora:{lora.name}:{lora.strength:g}>" for lora in self.adapters)
-        facts = {
-            "Steps": self.steps,
-            "Sampler": "Euler",
-            "CFG scale": f"{self.guidance:g}",
-            "Seed": self.seed,
-            "Size": f"{self.width}x{self.height}",
-            "Model": self.model,
-            "Lora hashes": self._lora_hashes(),
-            "Version": f"AutoLoRA {self.versions.get('autolora', '')}".strip(),
-        }
-        lines = [self.used_prompt.replace("\n", " ") + tags]
-        if self.negative_prompt:
-            lines.append("Negative prompt: " + self.negative_prompt.replace("\n", " "))
-        lines.append(", ".join(f"{key}: {value}" for key, value in facts.items() if value != ""))
-        return "\n".join(lines)
+        return a1111.write_parameters(self)
 
-    def _lora_hashes(self) -> str:
-        pairs = [f"{lora.name}: {lora.sha256[:10]}" for lora in self.adapters if lora.sha256]
-        return f'"{", ".join(pairs)}"' if pairs else ""
+    def texts(self) -> dict[str, str]:
+        """Return the text chunks of a picture, by keyword."""
+        facts = {"version": VERSION, **self.to_dict()}
+        del facts["timings"]
+        return {a1111.CHUNK: self.a1111(), CHUNK: json.dumps(facts, ensure_ascii=True)}
 
 
 @dataclass
@@ -127,12 +176,21 @@ class Output:
         hits: What the search took, best first; without what was asked for by name.
         prompt: What the model read.
         report: All facts.
+        gates: Gates by adapter, layer and step (`autolora.fusion.record.GateMap`); None where no
+            gates took part.
     """
 
     image: Image
     hits: list[Any]
     prompt: str
     report: Report
+    gates: Any = None
+
+    def png(self) -> bytes:
+        """Return the picture as a PNG file with its report inside."""
+        file = io.BytesIO()
+        encode_png(self.image, self.report.texts(), file)
+        return file.getvalue()
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> Path:
         """Write the picture as PNG with its report inside.
@@ -150,40 +208,7 @@ class Output:
         Raises:
             GenerationError: The name does not end in .png, or the file cannot be written.
         """
-        from PIL.PngImagePlugin import PngInfo
-
-        target = check_png_name(Path(path))
-        chunks = PngInfo()
-        chunks.add_text(A1111_CHUNK, self.report.a1111())
-        chunks.add_text(CHUNK, json.dumps(self.report.to_dict(), ensure_ascii=True))
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    self.image.save(file, format="PNG", pnginfo=chunks)
-                os.chmod(temporary, 0o644)  # mkstemp makes the file private to its owner
-                return _place(Path(temporary), target, overwrite)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-        except OSError as error:
-            raise GenerationError(
-                f"{shown(target)} cannot be written: {shown(error.strerror or error)}."
-            ) from error
-
-
-def check_png_name(path: Path) -> Path:
-    """Make sure that a picture can have this name.
-
-    Raises:
-        GenerationError: It does not end in .png, or is a folder.
-    """
-    if path.suffix.lower() != ".png":
-        raise GenerationError(f"{shown(path)} must end in .png; pictures are saved as PNG.")
-    if os.path.isdir(path):
-        raise GenerationError(f"{shown(path)} is a folder; name a file in it.")
-    return path
+        return write_png(self.image, self.report.texts(), Path(path), overwrite)
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -193,49 +218,74 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: A PNG file that `Output.save` wrote.
 
     Returns:
-        The report as plain data.
+        The report as plain data; `Report.from_dict` takes it.
 
     Raises:
-        GenerationError: The file cannot be read or has no report.
+        GenerationError: The file cannot be read, has no report, or one of a newer program.
     """
-    from PIL import Image
-
+    text = read_texts(path).get(CHUNK)
     try:
-        with Image.open(path) as image:
-            image.load()
-            text = image.info.get(CHUNK)
-        report = json.loads(text) if isinstance(text, str) else None
-    except (OSError, ValueError) as error:
-        raise GenerationError(
-            f"{shown(path)} cannot be read as a picture: {shown(error)}."
-        ) from error
+        report = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        report = None
     if not isinstance(report, dict):
         raise GenerationError(f"{shown(path)} holds no report; it was not made by AutoLoRA.")
+    version = report.pop("version", VERSION)
+    if not isinstance(version, int) or version > VERSION:
+        raise GenerationError(
+            f"{shown(path)} holds a report of version {shown(version, 20)}, which a newer AutoLoRA "
+            "wrote; update this one to read it."
+        )
     return report
 
 
-def _place(temporary: Path, target: Path, overwrite: bool) -> Path:
-    """Give a finished file its name; a hard link never replaces what is there."""
-    if overwrite:
-        os.replace(temporary, target)
-        return target
-    for candidate in _free_names(target):
-        try:
-            os.link(temporary, candidate)
-            return candidate
-        except FileExistsError:
-            continue
-        except OSError:
-            # A file system without hard links.
-            if not candidate.exists():
-                os.replace(temporary, candidate)
-                return candidate
-    raise AssertionError("names do not run out")
+def _values(kind: type[Any], data: Any) -> dict[str, Any]:
+    """Check keys and types of plain data against a dataclass."""
+    if not isinstance(data, Mapping):
+        raise _damaged("it does not hold keys and values")
+    values = {}
+    for entry in fields(kind):
+        if entry.name in data:
+            value = data[entry.name]
+            if not _FITS[str(entry.type)](value):
+                raise _damaged(f"{entry.name} is {shown(repr(value), 60)}")
+            values[entry.name] = value
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise _damaged(f"{entry.name} is missing")
+    return values
 
 
-def _free_names(target: Path) -> Iterator[Path]:
-    yield target
-    number = 2
-    while True:
-        yield target.with_name(f"{target.stem}-{number}{target.suffix}")
-        number += 1
+def _damaged(problem: str) -> GenerationError:
+    return GenerationError(f"The report is damaged: {problem}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_table(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(of, value.values()))
+
+
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "int": _is_whole,
+    "bool": lambda value: isinstance(value, bool),
+    "float": _is_number,
+    "float | None": lambda value: value is None or _is_number(value),
+    "list[str]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "dict[str, str]": _is_table(_is_text),
+    "dict[str, float]": _is_table(_is_number),
+    # Checked entry by entry when they are made.
+    "list[UsedAdapter]": lambda value: isinstance(value, list),
+    "BaseModel | None": lambda value: value is None or isinstance(value, Mapping),
+}
+"""Checks by the type of a field."""

@@ -10,6 +10,7 @@ from autolora.errors import GenerationError, shown
 from autolora.flux.config import (
     PipelineConfig,
     guidance_problem,
+    rounded_size,
     size_problem,
     steps_problem,
     top_k_problem,
@@ -35,6 +36,8 @@ class Request:
         guidance: Guidance scale.
         sigma_shift: Shift of the noise schedule; None is the default.
         top_k: Most adapters to take.
+        true_cfg: Scale of classifier-free guidance beside embedded guidance; 1 is off.
+        notes: Where this is not quite what was asked for, one sentence each.
     """
 
     typed: str
@@ -48,6 +51,8 @@ class Request:
     guidance: float
     sigma_shift: float | None
     top_k: int
+    true_cfg: float = 1.0
+    notes: tuple[str, ...] = ()
 
 
 def make_request(
@@ -80,7 +85,11 @@ def make_request(
         GenerationError: A value is not possible.
     """
     parsed: ParsedPrompt = parse_prompt(prompt)
-    width, height = size or (config.width, config.height)
+    asked_size = size or (config.width, config.height)
+    width, height = rounded_size(*asked_size)
+    notes: tuple[str, ...] = ()
+    if (width, height) != asked_size:
+        notes = (f"The size {asked_size[0]}x{asked_size[1]} was rounded up to {width}x{height}.",)
     request = Request(
         typed=prompt,
         prompt=parsed.text,
@@ -93,10 +102,12 @@ def make_request(
         guidance=config.guidance if guidance is None else float(guidance),
         sigma_shift=config.sigma_shift,
         top_k=config.top_k if top_k is None else top_k,
+        true_cfg=config.true_cfg,
+        notes=notes,
     )
     for problem in (
         steps_problem(request.steps),
-        size_problem(width, height),
+        size_problem(*asked_size),
         guidance_problem(request.guidance),
         top_k_problem(request.top_k),
         _seed_problem(seed),

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from autolora.adapters import LoRA, Pool
-    from autolora.retrieval import Hit, MiniLMText, Provenance, RefreshReport, Retriever, Searcher
+    from autolora.retrieval import (
+        Hit,
+        Provenance,
+        RefreshReport,
+        Retriever,
+        Searcher,
+        TextEncoder,
+    )
 
 Progress = Callable[[int, int], None]
 """Called with files done and files in all."""
@@ -129,16 +136,34 @@ class PoolSearch:
         """Return the adapter's vector; an adapter for another model is an error."""
         retriever = self._retriever
         if self._shapes is None:
-            self._shapes = linear_layers(self._base().dit)
+            self._shapes = self._base_shapes()
         lora.check_fits(self._shapes)
         if retriever is None:
             return None
         portrait = self.portrait(lora) if retriever.needs_portraits else None
         return retriever.encode(lora, portrait)
 
+    def _base_shapes(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of the base model; those of a checkpoint stand in its header."""
+        if self.config.kind == "tiny":
+            return linear_layers(self._base().dit)
+        from autolora.flux.checkpoints import locate_part
+        from autolora.flux.inspecting import flux_sizes
+        from autolora.flux.sizes import FLUX1_DEV
+
+        located = locate_part(self.config, "transformer")
+        # A pool can be indexed before the checkpoint is there: FLUX.1 has one size.
+        sizes = FLUX1_DEV.flux if located.missing or not located.paths else flux_sizes(located)
+        return sizes.linear_shapes()
+
     @cached_property
-    def _text_encoder(self) -> MiniLMText:
+    def _text_encoder(self) -> TextEncoder:
         from autolora.flux.loading import quiet
+
+        if self.config.text == "clip" or (
+            self.config.text == "auto" and self.config.kind != "tiny"
+        ):
+            return self._clip()
         from autolora.flux.tiny.text import shared_minilm
         from autolora.retrieval import MiniLMText
 
@@ -146,6 +171,19 @@ class PoolSearch:
             # Loaded here, as transformers shows a bar while it loads.
             shared_minilm()
         return MiniLMText()
+
+    def _clip(self) -> TextEncoder:
+        """CLIP of the checkpoint, loaded alone when it is first needed."""
+        from autolora.flux.loading import quiet
+        from autolora.retrieval.clip import ClipText
+
+        def load() -> tuple[Any, Any]:
+            with quiet():
+                from autolora.flux.flux1 import load_clip
+
+                return load_clip(self.config)
+
+        return ClipText(load)
 
     @cached_property
     def _retriever(self) -> Retriever | None:
@@ -179,11 +217,20 @@ def shipped_encoder(config: PipelineConfig) -> Path | None:
 
 def _stamp(config: PipelineConfig) -> str:
     """Tell base models apart without hashing checkpoints of many gigabytes."""
-    from autolora.flux.tiny.weights import SHIPPED
+    if config.kind == "tiny":
+        from autolora.flux.tiny.weights import SHIPPED
 
-    path = config.weights or SHIPPED
-    try:
-        stat = path.stat()
-    except OSError:
-        return f"{config.kind} {path.name}"
-    return f"{config.kind} {path.name} {stat.st_size} {stat.st_mtime_ns} {config.storage}"
+        paths: tuple[Path, ...] = (config.weights or SHIPPED,)
+    else:
+        from autolora.flux.checkpoints import locate_part
+
+        paths = locate_part(config, "transformer").paths
+    words = [config.kind, config.storage]
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            words.append(path.name)
+        else:
+            words.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+    return " ".join(words)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from autolora.errors import LoRAFormatError, PoolError, shown
+from autolora.generation.identity import data_sha256
 from autolora.generation.prompts import MAX_STRENGTH, AskedLoRA, add_triggers, has_phrase
 from autolora.generation.report import UsedAdapter
 
 if TYPE_CHECKING:
     from autolora.adapters import LoRA, Pool
+    from autolora.adapters.metadata import Metadata
     from autolora.retrieval import Hit
 
 MAX_TRIGGERS = 3
@@ -47,6 +49,10 @@ class Chosen:
             score=None if self.score is None else round(self.score, 4),
             sha256=self.lora.sha256,
             triggers=self.triggers,
+            channels={}
+            if self.hit is None
+            else {name: round(value, 4) for name, value in self.hit.channels.items()},
+            data_sha256="" if self.lora.path is None else data_sha256(self.lora.path),
         )
 
 
@@ -101,10 +107,15 @@ def keep_fitting(
 
 def preferred_strength(lora: LoRA) -> float:
     """Return the strength that the adapter's author recommends, or 1."""
-    strength = lora.metadata.preferred_strength
+    return recommended_strength(lora.metadata)
+
+
+def recommended_strength(metadata: Metadata) -> float:
+    """Return the strength that an adapter's metadata recommends, or 1."""
+    strength = metadata.preferred_strength
     if strength is None or strength == 0 or abs(strength) > MAX_STRENGTH:
         return 1.0
-    bounds = lora.metadata.strength_bounds
+    bounds = metadata.strength_bounds
     if bounds is not None and bounds[0] <= bounds[1]:
         strength = min(max(strength, bounds[0]), bounds[1])
     return float(strength)

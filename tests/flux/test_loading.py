@@ -116,9 +116,17 @@ def test_bad_weights(config, tmp_path: Path, content: bytes | None, words: str) 
         load_pipeline(replace(config, weights=path))
 
 
-def test_a_kind_that_cannot_be_built_is_an_error(config) -> None:
-    with pytest.raises(ConfigError, match="kind flux1"):
+def test_a_full_size_model_needs_its_files(config) -> None:
+    with pytest.raises(ConfigError, match="lacks files"):
         load_pipeline(replace(config, kind="flux1"))
+
+
+def test_a_device_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigError, match=r"cuda is not there .* built without CUDA"):
+        resolve_device("cuda")
 
 
 @pytest.mark.gpu

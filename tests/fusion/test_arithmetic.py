@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autolora.fusion import FusedLinear, Gate
-from autolora.fusion.arithmetic import fuse_gated, make_gated_plan, make_sum_plan
+from autolora.fusion.kernels import plain
+from autolora.fusion.plans import make_gated_plan, make_sum_plan, prepare_factors
 from tests.fusion.reference import (
     double,
     double_factors,
@@ -114,15 +115,15 @@ def test_the_covariance_gives_the_layer_norm_of_an_adapter_output():
     # A mean a hundred times the deviation: the variance must not come from E[x^2] - E[x]^2.
     b = b * 0.01 + 1
     x = torch.randn(9, 12, generator=generator)
-    plan = make_gated_plan([(a, b)], [0.5], torch.float32, CPU)
-    group = plan.groups[0]
-    h = F.linear(x, plan.down)
-    variance = ((h @ group.covariance[0]) * h).sum(-1)
-    normalised = (h / torch.sqrt(variance + 1e-5)[:, None]) @ group.centred[0]
-    output = 0.5 * x.double() @ a.double().T @ b.double().T
+    prepared = prepare_factors(a, b, torch.float32, CPU)
+    h = F.linear(x, prepared.down)
+    variance = ((h @ prepared.covariance) * h).sum(-1)
+    mean = h @ prepared.mean
+    normalised = (h / torch.sqrt(variance + 1e-5)[:, None]) @ prepared.centred
+    output = x.double() @ a.double().T @ b.double().T
     torch.testing.assert_close(variance.double(), output.var(-1, correction=0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(mean.double(), output.mean(-1), rtol=1e-5, atol=1e-5)
     truth = layer_norm(output, torch.ones(50).double(), torch.zeros(50).double())
-    # The mean's own rounding, 6e-8 of 1, is 6e-6 of the deviation.
     torch.testing.assert_close(normalised.double(), truth, rtol=1e-4, atol=5e-5)
 
 
@@ -135,39 +136,75 @@ def test_an_adapter_with_equal_channels_has_zero_variance_and_stays_finite():
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("ranks", [[4, 4, 4], [8, 2, 8, 2], [3]])
-def test_chunks_and_the_differentiable_form_agree(ranks):
-    generator = torch.Generator().manual_seed(4)
-    tokens, in_features, out_features = 37, 10, 24
+def layer_of(ranks, tokens=37, in_features=10, out_features=24, seed=4, block=1):
+    """Arguments of the kernels: ``y``, ``h``, the packed adapters and a gate far from neutral."""
+    generator = torch.Generator().manual_seed(seed)
     factors = random_factors(ranks, in_features, out_features, generator)
-    plan = make_gated_plan(factors, [1.0] * len(ranks), torch.float32, CPU)
+    prepared = [prepare_factors(a, b, torch.float32, CPU) for a, b in factors]
+    strengths = [1.0, -0.5, 2.0, 0.3][: len(ranks)]
+    plan = make_gated_plan(prepared, strengths, block)
     terms = random_gate(out_features, generator).requires_grad_(False).terms(torch.float32, CPU)
     assert terms is not None
     x = torch.randn(tokens, in_features, generator=generator)
     y = torch.randn(tokens, out_features, generator=generator)
-    records: list[torch.Tensor] = []
-    whole = fuse_gated(y, x, plan, terms, False, records.append)
-    row = len(ranks) * out_features
-    for chunk in (1, row, 5 * row, 36 * row):
-        parts = fuse_gated(y, x, plan, terms, False, records.append, chunk_elements=chunk)
+    return y, F.linear(x, plan.down), plan.ups, terms
+
+
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [8, 2, 8, 2], [3]])
+def test_chunks_and_padding_change_nothing(ranks):
+    y, h, ups, terms = layer_of(ranks)
+    whole, means = plain.forward(y, h, ups, terms, record=True)
+    assert means is not None and means.shape == (len(ranks),)
+    for chunk in (1, 24, 5 * 24, 36 * 24):
+        parts, again = plain.forward(y, h, ups, terms, True, chunk_elements=chunk)
         torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
-    out_of_place = fuse_gated(y, x, plan, terms, True, records.append)
-    torch.testing.assert_close(out_of_place, whole, rtol=1e-5, atol=1e-5)
-    for record in records[1:]:
-        torch.testing.assert_close(record, records[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again, means, rtol=1e-5, atol=1e-5)
+    y, h, ups, terms = layer_of(ranks, block=16)
+    padded, again = plain.forward(y, h, ups, terms, record=True)
+    torch.testing.assert_close(padded, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again, means, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("factors", [False, True])
+def test_chunks_of_the_backward_pass_change_nothing(factors):
+    y, h, ups, terms = layer_of([4, 2, 3])
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    whole = plain.backward(grad, y, h, ups, terms, factors)
+    parts = plain.backward(grad, y, h, ups, terms, factors, chunk_elements=5 * 24)
+    for name in ("y", "h", "terms", "centred", "mean", "covariance"):
+        a, b = getattr(parts, name), getattr(whole, name)
+        assert (b is None) == (not factors and name in ("centred", "mean", "covariance"))
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_gates_are_those_of_the_equation():
+    generator = torch.Generator().manual_seed(7)
+    factors = random_factors([2, 3], 10, 24, generator)
+    gate = random_gate(24, generator).requires_grad_(False)
+    layer = FusedLinear(nn.Linear(10, 24), factors, gate, [0.8, 0.0])
+    x = torch.randn(6, 10, generator=generator)
+    seen: list[torch.Tensor] = []
+    layer._recorder = seen.append
+    with torch.no_grad():
+        fused = layer(x)
+        y = layer.base(x)
+        lora = gate.norm_lora(0.8 * x @ factors[0][0].T @ factors[0][1].T)
+        base = gate.norm_base(y)
+        argument = base * gate.weight_base + lora * gate.weight_lora + gate.bias
+        said = gate.weight_out * torch.sigmoid(argument + base * lora * gate.weight_cross)
+    torch.testing.assert_close(seen[0], torch.tensor([float(said.mean()), 0.0]))
+    layer._recorder = None
+    with torch.no_grad():
+        assert torch.equal(layer(x), fused)
 
 
 def test_inputs_are_left_alone():
-    generator = torch.Generator().manual_seed(5)
-    factors = random_factors([2, 3], 6, 8, generator)
-    plan = make_gated_plan(factors, [1.0, 1.0], torch.float32, CPU)
-    terms = random_gate(8, generator).requires_grad_(False).terms(torch.float32, CPU)
-    assert terms is not None
-    x, y = torch.randn(4, 6), torch.randn(4, 8)
-    kept = (x.clone(), y.clone())
-    first = fuse_gated(y, x, plan, terms, False)
-    second = fuse_gated(y, x, plan, terms, False)
-    assert torch.equal(x, kept[0]) and torch.equal(y, kept[1]) and torch.equal(first, second)
+    y, h, ups, terms = layer_of([2, 3])
+    kept = (y.clone(), h.clone())
+    first, _ = plain.forward(y, h, ups, terms)
+    second, _ = plain.forward(y, h, ups, terms)
+    assert torch.equal(y, kept[0]) and torch.equal(h, kept[1]) and torch.equal(first, second)
 
 
 def test_the_sum_is_one_low_rank_map():

@@ -280,4 +280,4 @@ def test_a_quantized_layer_with_a_linear_inside_is_wrapped_once():
 
 
 def test_strategies_are_listed():
-    assert strategy_names() == ("sum", "gated")
+    assert strategy_names() == ("sum", "gated", "merged")

@@ -1,0 +1,1 @@
+"""Gated fusion in one layer, once per kind of device; `gated` chooses."""

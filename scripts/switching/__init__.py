@@ -1,0 +1,1 @@
+"""What the benchmark and the check of switching share: adapter files and the programs compared."""

@@ -1,0 +1,177 @@
+"""What a device can do, what fits into its memory, and what is fallen back to."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autolora.errors import ConfigError
+from autolora.flux import hardware
+from autolora.flux.config import PipelineConfig
+from autolora.flux.hardware import Hardware, hardware_of, machine_memory, why_no_cuda
+from autolora.flux.memory import GIB, all_needs, estimate, plan_memory
+from autolora.flux.settings import MemorySettings
+from autolora.flux.sizes import FLUX1_DEV
+from autolora.flux.types import settle_types
+
+CPU = Hardware("cpu", "CPU", 64 * GIB, 60 * GIB)
+H100 = Hardware("cuda:0", "H100", 80 * GIB, 79 * GIB, (9, 0), float8_compute=True)
+RTX_3060 = Hardware("cuda:0", "RTX 3060", 12 * GIB, int(11.6 * GIB), (8, 6))
+RTX_2080 = Hardware("cuda:0", "RTX 2080", 8 * GIB, 7 * GIB, (7, 5), bfloat16=False)
+NO_FLOAT8 = Hardware("mps:0", "M1", 16 * GIB, 12 * GIB, float8_storage=False)
+
+
+def config(**changes) -> PipelineConfig:
+    return PipelineConfig("x", kind="flux1", width=1024, height=1024, **changes)
+
+
+def test_estimates_agree_with_published_measurements() -> None:
+    """GiB at 1024 x 1024 by diffusers with bfloat16 text encoders; see `autolora.flux.memory`."""
+
+    def peak(storage: str, offload: str) -> float:
+        return estimate(FLUX1_DEV, storage, MemorySettings(offload), 1024, 1024).device / GIB
+
+    assert peak("bfloat16", "none") == pytest.approx(36.2, rel=0.05)
+    assert peak("bfloat16", "parts") == pytest.approx(23.3, rel=0.07)
+    assert peak("float8", "parts") == pytest.approx(12.3, rel=0.1)
+
+
+def test_every_saving_saves() -> None:
+    needs = {
+        (n.storage, n.text_storage, n.offload): n
+        for n in all_needs(FLUX1_DEV, MemorySettings(), 1024, 1024)
+    }
+    none, parts, layers = (needs["float8", "auto", way] for way in ("none", "parts", "layers"))
+    assert none.device > parts.device > layers.device
+    assert none.machine == 0 and parts.machine == layers.machine > none.device * 0.8
+    assert needs["float8", "float8", "none"].device < none.device
+    assert needs["nf4", "float8", "none"].device < needs["float8", "float8", "none"].device
+
+    def at(size: int, **changes) -> float:
+        return estimate(FLUX1_DEV, "float8", MemorySettings("layers", **changes), size, size).device
+
+    assert at(512) < at(1024) < at(2048)
+    assert at(2048, tiled=True) < at(2048) / 2
+
+
+@pytest.mark.parametrize(
+    ("card", "changes", "offload"),
+    [
+        (H100, {}, "none"),
+        (RTX_3060, {}, "layers"),
+        (RTX_3060, {"storage": "nf4"}, "parts"),
+        (replace(RTX_3060, free=23 * GIB, total=24 * GIB), {}, "parts"),
+        (H100, {"memory": MemorySettings("layers")}, "layers"),
+        (H100, {"memory": MemorySettings(vram_limit=6.0)}, "layers"),
+    ],
+)
+def test_the_first_offload_that_fits_is_taken(card: Hardware, changes, offload: str) -> None:
+    asked = config(**changes)
+    memory, notes = plan_memory(asked, asked.storage, FLUX1_DEV, card, 2, 64 * GIB)
+    assert memory.offload == offload
+    assert bool(notes) == (asked.memory.offload == "auto" and offload != "none")
+    if offload == "layers":
+        limit = asked.memory.vram_limit or 0
+        assert memory.vram_limit == limit or 5 < memory.vram_limit < card.total / GIB - 4
+
+
+@pytest.mark.parametrize(
+    ("card", "changes"),
+    [
+        (RTX_3060, {"memory": MemorySettings("none")}),
+        (RTX_3060, {"memory": MemorySettings("parts"), "storage": "bfloat16"}),
+        (replace(RTX_3060, free=2 * GIB), {}),
+        (replace(CPU, free=8 * GIB), {}),
+    ],
+)
+def test_too_little_memory_says_what_each_option_needs(card: Hardware, changes) -> None:
+    asked = config(**changes)
+    with pytest.raises(ConfigError) as caught:
+        plan_memory(asked, asked.storage, FLUX1_DEV, card, 2, 64 * GIB)
+    message = str(caught.value)
+    assert "\n" not in message and "does not fit" in message
+    for words in (f"{card.free / GIB:.1f} GiB free", "nf4 with float8 text encoders and offload"):
+        assert words in message
+
+
+def test_what_waits_must_fit_into_the_machine() -> None:
+    with pytest.raises(ConfigError, match=r"wait in the machine's memory, which has 8\.0 GiB"):
+        plan_memory(config(), "float8", FLUX1_DEV, RTX_3060, 2, 8 * GIB)
+
+
+def test_on_a_cpu_nothing_is_offloaded() -> None:
+    asked = config(memory=MemorySettings("layers"))
+    memory, notes = plan_memory(asked, "float8", FLUX1_DEV, CPU, 4, 60 * GIB)
+    assert memory.offload == "none" and "Nothing is offloaded" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "expected", "words"),
+    [
+        (H100, {}, ("float8", "bfloat16"), ""),
+        (CPU, {}, ("float8", "float32"), ""),
+        (CPU, {"storage": "bfloat16"}, ("bfloat16", "bfloat16"), ""),
+        (RTX_2080, {}, ("float8", "float32"), "does not multiply bfloat16"),
+        (RTX_2080, {"compute": "bfloat16"}, ("float8", "bfloat16"), ""),
+        (NO_FLOAT8, {}, ("bfloat16", "bfloat16"), "cannot keep float8"),
+        (
+            RTX_3060,
+            {"storage": "torchao_float8_dynamic"},
+            ("float8", "bfloat16"),
+            "does not multiply float8",
+        ),
+    ],
+)
+def test_types_fall_back_and_say_so(device, asked, expected, words: str) -> None:
+    storage, compute, notes = settle_types(config(**asked), device)
+    assert (storage, compute) == expected
+    assert [words in note for note in notes] == ([True] if words else [])
+
+
+def test_a_storage_whose_library_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autolora.flux import types
+
+    monkeypatch.setattr(types, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes, which is not installed.*autolora\[quant"):
+        settle_types(config(storage="nf4"), H100)
+
+
+def test_this_machine_is_described() -> None:
+    import torch
+
+    cpu = hardware_of(torch.device("cpu"))
+    total, free = machine_memory()
+    assert (cpu.device, cpu.capability, cpu.float8_storage) == ("cpu", None, True)
+    if sys.platform == "linux":
+        assert total and free and cpu.total == total and free <= total
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "words"),
+    [
+        (None, None, "install the driver first"),
+        (None, "12.4", "wheel for CUDA 12.4 or older"),
+        ("12.8", None, "no NVIDIA driver answers"),
+        ("13.0", "12.4", r"the driver knows CUDA 12.4 at most; .*\+cu124"),
+        ("12.4", "12.8", "no card can be used"),
+    ],
+)
+def test_a_missing_card_is_explained(
+    monkeypatch: pytest.MonkeyPatch, built: str | None, driver: str | None, words: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(hardware, "driver_cuda", lambda: driver)
+    assert __import__("re").search(words, why_no_cuda())
+
+
+def test_the_driver_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '| Driver Version: 550.1  CUDA Version: 12.4 |'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert hardware.driver_cuda() == "12.4"
+    monkeypatch.setenv("PATH", "")
+    assert hardware.driver_cuda() is None
