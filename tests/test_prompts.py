@@ -41,7 +41,8 @@ def test_tags_are_taken_out(prompt: str, text: str, loras: list) -> None:
     [
         ("", "prompt is empty"),
         (" \n\t", "prompt is empty"),
-        ("a" * 4001, "4001 characters"),
+        ("a" * 10_001, "10001 characters"),
+        ("a cat \udcff", "not valid text"),
         ("a cat <lora:>", "without a name"),
         ("a cat <lora: :1>", "without a name"),
         ("a cat <lora:neon:much>", "'much' of LoRA 'neon' is not a number"),
@@ -78,6 +79,12 @@ def test_tags_come_back_as_they_were_written(pairs, text) -> None:
     assert [(lora.name, lora.strength) for lora in parsed.loras] == pairs
     assert "<" not in parsed.text
     assert parsed.text.replace(",", " ").split() == text.replace(",", " ").split()
+
+
+@given(st.text("ab ,.;:<>\n\t", max_size=30).filter(lambda text: bool(text.strip())))
+def test_what_the_model_reads_is_read_the_same_again(text: str) -> None:
+    once = parse_prompt(text).text
+    assert not once or parse_prompt(once).text == once
 
 
 def test_later_requests_win() -> None:

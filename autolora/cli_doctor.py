@@ -1,0 +1,169 @@
+"""The commands ``autolora doctor`` and ``autolora init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autolora.cli_options import FOUND_PROBLEMS, AsJson, Model, examples
+from autolora.cli_view import IndexBar, console, make_table, print_json, print_notes
+from autolora.errors import AutoLoRAError, ConfigError, shown
+
+DOCTOR_EXAMPLES = examples(
+    "autolora doctor",
+    "autolora doctor --model flux1-dev",
+    "autolora doctor --model mine.yaml --json",
+)
+INIT_EXAMPLES = examples(
+    "autolora init --model flux1-dev --pool ~/loras",
+    "autolora init --model flux1-dev --pool ~/loras --weights ~/models/my-flux.safetensors",
+    "autolora init --model tiny --pool lora_pool/tiny --out mine.yaml",
+)
+
+
+def doctor(model: Model = "tiny", as_json: AsJson = False) -> None:
+    """Say what is installed, which files are missing, and which options fit this machine."""
+    from autolora.flux.config import load_config
+    from autolora.flux.doctor import examine
+
+    config = load_config(model)
+    found = examine(config)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found, f"{config.width}x{config.height}")
+    if found["problems"]:
+        raise typer.Exit(FOUND_PROBLEMS)
+
+
+def init(
+    pool: Annotated[Path, typer.Option("--pool", help="Folder of your LoRAs.")],
+    model: Model = "flux1-dev",
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            help="Your checkpoint: a .safetensors file, or a folder as published.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="File to write; NAME.yaml here without it."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write a configuration of your own for a base model and a pool, and index the pool."""
+    from autolora.flux.template import write_config
+
+    values = _values(pool, weights)
+    target = (out or Path(f"{Path(model).stem}-mine.yaml")).expanduser()
+    values["name"] = target.stem
+    values["index"] = f"index/{target.stem}"
+    config = write_config(model, target, values, force)
+    typer.echo(target)
+    try:
+        _index(target)
+    except AutoLoRAError as error:
+        print_notes([f"The pool is not indexed yet: {error}"])
+        raise typer.Exit(FOUND_PROBLEMS) from error
+    if config.kind != "tiny":
+        print_notes([f"See what is missing and what fits with: autolora doctor --model {target}"])
+
+
+def _values(pool: Path, weights: Path | None) -> dict[str, str]:
+    folder = pool.expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {shown(pool)}; give the folder of your LoRAs.")
+    values = {"pool": str(folder)}
+    if weights is not None:
+        path = weights.expanduser().resolve()
+        if not path.exists():
+            raise ConfigError(f"There is no checkpoint {shown(weights)}; check the path.")
+        if path.is_file():
+            from autolora.flux.headers import read_header
+
+            read_header(path)
+        values["weights"] = str(path)
+    return values
+
+
+def _index(target: Path) -> None:
+    from autolora.pipeline import AutoLoRAPipeline
+
+    pipe = AutoLoRAPipeline.from_config(target)
+    with IndexBar() as bar:
+        state = pipe.index(progress=bar.update)
+    print_notes([f"{state.size} LoRAs of {pipe.config.pool} are indexed."])
+    print_notes([f"Left out: {reason}" for reason in state.report.left_out.values()])
+
+
+def _show(found: dict[str, Any], size: str) -> None:
+    view = console(stderr=False)
+    machine = found["machine"]
+    view.print(f"Python {machine['python']}, {machine['system']}, {_gib(machine['memory'])} memory")
+    rows = [(name, number or "not installed") for name, number in found["programs"].items()]
+    view.print(make_table(("program", "version"), rows))
+    for card in found["cards"]:
+        known = ", ".join(
+            word
+            for word, has in (
+                ("bfloat16", card["bfloat16"]),
+                ("float8 storage", card["float8_storage"]),
+                ("float8 arithmetic", card["float8_compute"]),
+            )
+            if has
+        )
+        view.print(
+            f"\n{card['device']}: {card['name']}, {_gib(card['free'])} of {_gib(card['total'])} "
+            f"free; knows {known}",
+            markup=False,
+        )
+    if found["cuda"]:
+        view.print(f"\nNo NVIDIA card: {found['cuda']}.", markup=False)
+    _show_model(view, found, size)
+
+
+def _show_model(view: Any, found: dict[str, Any], size: str) -> None:
+    model = found["model"]
+    files = [
+        (
+            entry["part"],
+            "found" if entry["found"] else "missing",
+            entry["size"],
+            entry["place"] or "",
+        )
+        for entry in model["files"]
+    ]
+    view.print(f"\nBase model {shown(model['name'])}", markup=False)
+    view.print(make_table(("part", "", "size", "place"), files))
+    if found["needs"]:
+        words = {None: "?", True: "yes", False: "no"}
+        rows = [
+            (
+                need["storage"],
+                need["text_storage"],
+                need["offload"],
+                need["card_gib"],
+                need["machine_gib"],
+                words[need["fits"]],
+            )
+            for need in found["needs"]
+        ]
+        columns = ("storage", "text encoders", "offload", "card GiB", "memory GiB", "fits")
+        view.print(
+            f"\nEstimated peak at {size} (offload layers takes what is there; this is the least):"
+        )
+        view.print(make_table(columns, rows))
+    for problem in found["problems"]:
+        view.print(f"problem: {problem}", markup=False)
+    if model["command"]:
+        view.print("\nGet what is missing with:", markup=False)
+        # Unwrapped, so that it can be copied.
+        typer.echo(model["command"])
+
+
+def _gib(count: int | None) -> str:
+    return "?" if count is None else f"{count / 2**30:.1f} GiB"

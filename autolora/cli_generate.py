@@ -1,0 +1,188 @@
+"""``autolora generate``: pictures for a prompt, for lines of stdin, or again from a picture."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autolora.cli_jobs import Job, draw, picture_name, read_seeds, recorded_jobs
+from autolora.cli_options import (
+    FOUND_PROBLEMS,
+    AsJson,
+    Model,
+    PoolFolder,
+    complete_loras,
+    complete_strategies,
+    examples,
+    open_pipeline,
+)
+from autolora.cli_view import IndexBar, print_json
+from autolora.errors import GenerationError
+
+EXAMPLES = examples(
+    'autolora generate "a neon elephant on a blue background"',
+    'autolora generate "a dragon <lora:sepia:0.7>" --seed 3-6 --size 128x96 --out pictures/',
+    'autolora generate "a red teapot" --lora blueprint:0.8 --no-retrieval --strategy sum',
+    "autolora generate --from-png teapot.png",
+    "autolora generate --from-png teapot.png --seed 9 --steps 30",
+    "autolora generate --stdin --out pictures/ < prompts.txt > results.ndjson",
+)
+
+Prompt = Annotated[
+    str | None,
+    typer.Argument(help="What the picture shall show; - reads it from stdin.", show_default=False),
+]
+Asked = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="Take this LoRA: NAME or NAME:0.8. Repeatable.",
+        autocompletion=complete_loras,
+        show_default=False,
+    ),
+]
+NoRetrieval = Annotated[bool, typer.Option("--no-retrieval", help="Take only what is asked for.")]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", "-k", help="Most LoRAs in all.", show_default=False)
+]
+StrategyName = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        help="How LoRAs are fused.",
+        autocompletion=complete_strategies,
+        show_default=False,
+    ),
+]
+TextEncoders = Annotated[
+    bool | None,
+    typer.Option(
+        "--text-encoders/--no-text-encoders",
+        help="Apply the text encoder parts of LoRAs too.",
+        show_default=False,
+    ),
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default=False)]
+Seeds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--seed",
+        "-s",
+        help="Seed, range such as 3-6, or random; repeatable. 0 without it.",
+        show_default=False,
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option("--count", "-n", help="So many pictures, seeds counting up.", show_default=False),
+]
+Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.", show_default=False)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)]
+Negative = Annotated[
+    str | None, typer.Option(help="What the picture shall not show.", show_default=False)
+]
+NoTriggers = Annotated[
+    bool, typer.Option("--no-triggers", help="Do not add trigger words to the prompt.")
+]
+FromPng = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-png",
+        help="Repeat this picture; other options change what they name.",
+        show_default=False,
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Repeat a picture although model or LoRA files changed.")
+]
+Stdin = Annotated[
+    bool,
+    typer.Option(
+        "--stdin", help="Read a prompt or a JSON object per line; write a JSON object per picture."
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option("--out", "-o", help="PNG file, or folder ending in /.", show_default=False),
+]
+
+
+def generate(
+    context: typer.Context,
+    prompt: Prompt = None,
+    model: Model = "tiny",
+    pool: PoolFolder = None,
+    lora: Asked = None,
+    no_retrieval: NoRetrieval = False,
+    top_k: TopK = None,
+    strategy: StrategyName = None,
+    text_encoders: TextEncoders = None,
+    steps: Steps = None,
+    seed: Seeds = None,
+    count: Count = None,
+    size: Size = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    no_triggers: NoTriggers = False,
+    from_png: FromPng = None,
+    force: Force = False,
+    stdin: Stdin = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw pictures for a prompt; <lora:NAME:0.8> in it takes a LoRA as asked."""
+    from autolora.generation.prompts import parse_lora
+    from autolora.generation.request import parse_size
+
+    given: dict[str, Any] = {
+        "size": None if size is None else parse_size(size),
+        "steps": steps,
+        "guidance": guidance,
+        "top_k": top_k,
+        "negative_prompt": negative,
+        "loras": [parse_lora(entry) for entry in lora or []] or None,
+        "retrieve": False if no_retrieval else None,
+        "strategy": strategy,
+        "use_triggers": False if no_triggers else None,
+        "text_encoders": text_encoders,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    seeds = read_seeds(seed or [], count)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no UTF-8 are said to be so later, in one line of many perhaps.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    text = sys.stdin.read() if prompt == "-" and not stdin else prompt
+    if stdin:
+        from autolora.cli_batch import run_batch
+
+        if prompt is not None or from_png is not None:
+            raise GenerationError("With --stdin the prompts come from stdin; leave out the other.")
+        failed = run_batch(open_pipeline(model, pool), sys.stdin, options, seeds, out)
+        if failed:
+            raise typer.Exit(FOUND_PROBLEMS)
+        return
+    if from_png is not None:
+        named = context.get_parameter_source("model")
+        chosen = None if named is None or named.name.startswith("DEFAULT") else model
+        pipe, jobs = recorded_jobs(from_png, chosen, pool, text, options, seeds, out, force)
+    else:
+        if text is None:
+            raise GenerationError("Missing argument PROMPT; say what the picture shall show.")
+        pipe = open_pipeline(model, pool)
+        seeds = seeds or [0]
+        many = len(seeds) > 1
+        jobs = [
+            Job(text, number, picture_name(out, text, number, many), options) for number in seeds
+        ]
+    for job in jobs:
+        job.check(pipe)
+    if any(job.retrieves for job in jobs):
+        with IndexBar() as bar:
+            pipe.open_index(bar.update)
+    facts = [draw(pipe, job, as_json, job is jobs[0]) for job in jobs]
+    if as_json:
+        print_json({"pictures": facts})

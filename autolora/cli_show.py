@@ -1,0 +1,81 @@
+"""``autolora show``: what a picture says about how it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autolora.cli_options import AsJson, examples
+from autolora.cli_view import console, make_table, print_json, print_notes
+from autolora.errors import GenerationError, shown
+
+if TYPE_CHECKING:
+    from autolora.generation.report import Report
+
+EXAMPLES = examples(
+    "autolora show teapot.png",
+    "autolora show teapot.png --json",
+    "autolora generate --from-png teapot.png",
+)
+
+
+def show(
+    file: Annotated[Path, typer.Argument(help="PNG file of AutoLoRA, or of A1111 and the like.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a picture says about how it was made."""
+    from autolora.generation import a1111
+    from autolora.generation.png import read_texts
+    from autolora.generation.report import CHUNK, Report, read_report
+
+    texts = read_texts(file)
+    if CHUNK in texts:
+        facts = read_report(file)
+        if as_json:
+            print_json(facts)
+        else:
+            _show_report(Report.from_dict(facts))
+        return
+    if a1111.CHUNK not in texts:
+        raise GenerationError(f"{shown(file)} says nothing about how it was made.")
+    found = a1111.read_parameters(texts[a1111.CHUNK])
+    if as_json:
+        print_json(vars(found))
+        return
+    rows = [("prompt", found.prompt), ("negative prompt", found.negative_prompt)]
+    _print_rows([*rows, *found.settings.items()])
+    print_notes(["Made by another program; it cannot be repeated from this file."])
+
+
+def _show_report(report: Report) -> None:
+    base = report.base
+    rows: list[tuple[str, Any]] = [
+        ("prompt", report.prompt),
+        ("the model read", report.used_prompt if report.used_prompt != report.prompt else None),
+        ("negative prompt", report.negative_prompt),
+        ("model", report.model if base is None else f"{report.model} ({base.storage})"),
+        ("strategy", report.strategy),
+        ("seed", str(report.seed)),
+        ("steps", str(report.steps)),
+        ("size", f"{report.width}x{report.height}"),
+        ("guidance", f"{report.guidance:g}"),
+        ("text encoders", "changed by the LoRAs" if report.text_encoders else None),
+        ("versions", ", ".join(f"{name} {text}" for name, text in report.versions.items())),
+    ]
+    _print_rows(rows)
+    if report.adapters:
+        columns = ("adapter", "strength", "gate", "score", "hash", "why")
+        adapters = [
+            (shown(a.name), a.strength, a.gate, a.score, a.sha256[:12], shown(a.why))
+            for a in report.adapters
+        ]
+        console(stderr=False).print()
+        console(stderr=False).print(make_table(columns, adapters))
+    print_notes(shown(note, 600) for note in report.notes)
+
+
+def _print_rows(rows: list[tuple[str, Any]]) -> None:
+    known = [(shown(name, 60), shown(text, 2000)) for name, text in rows if text]
+    console(stderr=False).print(make_table(("", ""), known))
