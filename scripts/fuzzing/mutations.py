@@ -7,6 +7,7 @@ import math
 import random
 import struct
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
@@ -179,13 +180,14 @@ def _break_entry(rng: random.Random, header: dict[str, Any]) -> None:
     key = rng.choice(list(header))
     entry = header[key]
     if not isinstance(entry, dict) or not entry or rng.random() < 0.1:
-        header[key] = rng.choice(ODD)
+        header[key] = deepcopy(rng.choice(ODD))
         return
     name = rng.choice(list(entry))
     value = entry[name]
     if isinstance(value, list) and value and rng.random() < 0.7:
         place = rng.randrange(len(value))
-        value[place] = rng.choice((*SIZES, *ODD, value[place]))
+        # Copied, or a later mutation of this file would change the table itself.
+        value[place] = deepcopy(rng.choice((*SIZES, *ODD, value[place])))
         if rng.random() < 0.3:
             value[place] = max(
                 0, int(struct.unpack("<I", rng.randbytes(4))[0]) >> rng.randrange(32)
@@ -193,9 +195,8 @@ def _break_entry(rng: random.Random, header: dict[str, Any]) -> None:
     elif rng.random() < 0.2:
         del entry[name]
     else:
-        entry[name] = rng.choice(
-            (*ODD, *ALL_DTYPES, "f32", [rng.choice(SIZES)] * rng.randint(0, 40))
-        )
+        sizes = [rng.choice(SIZES)] * rng.randint(0, 40)
+        entry[name] = deepcopy(rng.choice((*ODD, *ALL_DTYPES, "f32", sizes)))
 
 
 def _move_offsets(rng: random.Random, header: dict[str, Any]) -> None:
@@ -208,7 +209,7 @@ def _move_offsets(rng: random.Random, header: dict[str, Any]) -> None:
 
 
 def _break_metadata(rng: random.Random, header: dict[str, Any]) -> None:
-    odd = rng.choice((*ODD, "[" * 2000, '{"a": NaN}', "\ud800", '{"transformer.r": 0}'))
+    odd = deepcopy(rng.choice((*ODD, "[" * 2000, '{"a": NaN}', "\ud800", '{"transformer.r": 0}')))
     name = rng.choice(("lora_adapter_metadata", "ss_tag_frequency", "format", "\n", "x"))
     if rng.random() < 0.5:
         pattern = {f"transformer.{rng.choice(('alpha_pattern', 'lora_alpha', 'r'))}": odd}

@@ -254,6 +254,12 @@ def _(file: TruthFile) -> TruthFile:
     return file.add(names.diffusers(file.size), spelling, plain(alphas=ALPHAS))
 
 
+@case("onetrainer/legacy, inside the blocks only")
+def _(file: TruthFile) -> TruthFile:
+    spelling = Spelling("lora_transformer_", "_", DOWN_UP.A, DOWN_UP.B)
+    return file.add(names.diffusers(file.size), spelling, plain(alphas=ALPHAS, keep=in_blocks))
+
+
 @case("onetrainer/reference names")
 def _(file: TruthFile) -> TruthFile:
     spelling = Spelling("transformer.", A=DOWN_UP.A, B=DOWN_UP.B)

@@ -82,7 +82,10 @@ def _(file: TruthFile) -> TruthFile:
 
 
 def configured(file: TruthFile, kind: str, draw: Draw, alpha: float, rank: int) -> TruthFile:
-    """PEFT's own folder: alpha stands in the configuration and counts for whole matrices too."""
+    """PEFT's own folder: alpha stands in the configuration and counts for whole matrices too.
+
+    Ranks are such that PEFT itself stores the second side of a LoKr as two factors, or whole.
+    """
 
     def scaled(random: Generator, module: Module, n: int) -> Weights | None:
         weights = draw(random, module, n)
@@ -92,19 +95,20 @@ def configured(file: TruthFile, kind: str, draw: Draw, alpha: float, rank: int) 
         return replace(weights, product=lambda: alpha / rank * product())
 
     file.add(names.diffusers(file.size), Spelling("base_model.model."), scaled)
-    config = {"peft_type": kind, "r": rank, "alpha": alpha, "target_modules": "all-linear"}
+    targets = sorted(module.path for module in names.diffusers(file.size))
+    config = {"peft_type": kind, "r": rank, "alpha": alpha, "target_modules": targets}
     file.stem, file.beside = "adapter_model", {"adapter_config.json": json.dumps(config)}
     return file
 
 
 @case("lokr/PEFT, second side factored, adapter_config.json")
 def _(file: TruthFile) -> TruthFile:
-    return configured(file, "LOKR", kronecker(kind="w2", rank=4, alpha=None), 3.0, 4)
+    return configured(file, "LOKR", kronecker(kind="w2", alpha=None, square=True), 3.0, 2)
 
 
 @case("lokr/PEFT, both sides full, adapter_config.json")
 def _(file: TruthFile) -> TruthFile:
-    return configured(file, "LOKR", kronecker(kind="full", alpha=None), 3.0, 4)
+    return configured(file, "LOKR", kronecker(kind="full", alpha=None, square=True), 3.0, 64)
 
 
 @case("loha/PEFT, adapter_config.json")

@@ -111,6 +111,11 @@ def _divided(features: int, most: int = 8) -> tuple[int, int]:
     return small, features // small
 
 
+def _most_square(features: int) -> tuple[int, int]:
+    """The two divisors that are closest to each other, the smaller first."""
+    return _divided(features, int(features**0.5))
+
+
 LoKrKind = Literal["full", "w1", "w2", "both", "tucker"]
 
 
@@ -123,13 +128,16 @@ def lokr(
     rank: int = 2,
     alpha: float | None = 1.0,
     dtype: torch.dtype = torch.float32,
+    square: bool = False,
 ) -> Weights:
     """``kron(w1, w2)`` with either side in factors; `kind` names those that are.
 
     The change is scaled by ``alpha / rank`` once, however many sides are in factors, and not at
-    all where none is: LyCORIS stores an alpha there too, which does not count.
+    all where none is: LyCORIS stores an alpha there too, which does not count. `square` divides the
+    layer as PEFT does by default.
     """
-    (out1, out2), (in1, in2) = _divided(out), _divided(inner)
+    divided = _most_square if square else _divided
+    (out1, out2), (in1, in2) = divided(out), divided(inner)
     tensors: dict[str, Tensor] = {}
     if kind in ("w1", "both"):
         tensors["lokr_w1_a"] = _draw(random, out1, rank, dtype=dtype)

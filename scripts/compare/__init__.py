@@ -1,0 +1,1 @@
+"""Parts of ``scripts/compare_loaders.py``: the loaders, the files, and the table."""
