@@ -166,12 +166,13 @@ class Gate(nn.Module):
         )
 
     def _stamps(self) -> tuple[object, ...]:
-        return tuple(
-            stamp
-            for module in (self, self.norm_base, self.norm_lora)
-            for parameter in module._parameters.values()
-            for stamp in tensor_version(parameter)
-        )
+        modules = self._modules
+        norms = (modules["norm_base"]._parameters, modules["norm_lora"]._parameters)  # type: ignore[union-attr]
+        parameters = [*self._parameters.values(), *norms[0].values(), *norms[1].values()]
+        try:  # written for speed: this runs in every call of every layer
+            return tuple([(p.data_ptr(), p._version) for p in parameters])  # type: ignore[union-attr]
+        except RuntimeError:  # inference tensors do not count their versions
+            return tuple(tensor_version(p) for p in parameters)
 
 
 def tensor_version(tensor: Tensor | None) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from autolora.fusion.plans import (
     make_gated_plan,
     make_sum_plan,
     prepare_factors,
+    split_gated_plan,
 )
 
 
@@ -143,18 +144,39 @@ class PackedAdapters:
 
     def _make_gated(self, dtype: torch.dtype, device: torch.device) -> GatedPlan:
         before, plan = self._kept, self.ready_gated
-        self._kept = tuple(self._prepare(pair, dtype, device, before) for pair in self._factors)
-        prepared = [kept.prepared for kept in self._kept]
+        kept = tuple(self._prepare(pair, dtype, device, before) for pair in self._factors)
+        same = len(before) == len(kept) > 0 and all(map(_is, before, kept))
+        if plan is not None and same:
+            return self._with_strengths(plan)
+        if not kept:
+            made, parts = None, []
+        else:
+            made = make_gated_plan([one.prepared for one in kept], self._strengths, self._block)
+            parts = list(split_gated_plan(made, [one.prepared.rank for one in kept]))
         if self.capacity is not None:
             if plan is None or (plan.down.dtype, plan.down.device) != (dtype, device):
                 plan = empty_gated_plan(self.capacity, *self._shape, dtype, device)
-            fill_gated_plan(plan, prepared, self._strengths)
+            fill_gated_plan(plan, made)
+            made = plan
+            parts = list(split_gated_plan(plan, [one.prepared.rank for one in kept]))
+        assert made is not None, "a layer without adapters needs no plan"
+        # Parts of the plan, so that nothing is held twice.
+        self._kept = tuple(
+            _Kept(one.factors, one.stamp, part) for one, part in zip(kept, parts, strict=True)
+        )
+        return made
+
+    @property
+    def _block(self) -> int | None:
+        return None if self.capacity is None else self.capacity.block
+
+    def _with_strengths(self, plan: GatedPlan) -> GatedPlan:
+        """Exchange the strengths alone, in place where others hold the buffers."""
+        strengths = plan.ups.strengths
+        if self.capacity is not None:
+            strengths[: len(self._strengths)] = strengths.new_tensor(self._strengths)
             return plan
-        same = len(before) == len(self._kept) and all(map(_is, before, self._kept))
-        if plan is not None and same:
-            strengths = plan.ups.strengths.new_tensor(self._strengths)
-            return replace(plan, ups=replace(plan.ups, strengths=strengths))
-        return make_gated_plan(prepared, self._strengths)
+        return replace(plan, ups=replace(plan.ups, strengths=strengths.new_tensor(self._strengths)))
 
     def _prepare(
         self,

@@ -16,7 +16,7 @@ whatever its strength; `UpProjections` pack those of a layer's adapters one afte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -202,7 +202,7 @@ def make_gated_plan(
             if columns is not None:
                 pads[1] = columns - tensor.shape[1]
             parts.append(F.pad(tensor, pads) if any(pads) else tensor)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)  # a copy also of one, which may be part of another plan
 
     ups = UpProjections(
         centred=packed([adapter.centred for adapter in adapters]),
@@ -236,28 +236,40 @@ def empty_gated_plan(
     return GatedPlan(torch.zeros(rows, in_features, dtype=dtype, device=device), ups)
 
 
-def fill_gated_plan(
-    plan: GatedPlan, adapters: Sequence[PreparedFactors], strengths: Sequence[float]
-) -> None:
-    """Write adapters into the buffers of a plan in place; other rows and places become empty.
+def fill_gated_plan(plan: GatedPlan, filled: GatedPlan | None) -> None:
+    """Copy a plan into the buffers of a larger one, in place; None empties them.
 
     The tensors stay the same objects, so that compiled code and captured graphs see the change.
-    The adapters must fit (`Capacity.holds`).
+    Both have the same block, and the adapters fit (`Capacity.holds`).
     """
-    ups = plan.ups
-    for buffer in (plan.down, ups.centred, ups.mean, ups.covariance):
-        buffer.zero_()
-    starts = [0]
-    for adapter in adapters:
-        rows = slice(starts[-1], starts[-1] + adapter.rank)
-        plan.down[rows] = adapter.down
-        ups.centred[rows] = adapter.centred
-        ups.mean[rows] = adapter.mean
-        ups.covariance[rows, : adapter.rank] = adapter.covariance
-        starts.append(starts[-1] + padded(adapter.rank, ups.block))
-    unused = ups.count - len(adapters)
-    ups.offsets.copy_(torch.tensor(starts + starts[-1:] * unused, dtype=torch.int32))
-    ups.strengths.copy_(torch.tensor([*strengths, *[0.0] * unused], dtype=torch.float64))
+    rows = 0 if filled is None else filled.down.shape[0]
+    count = 0 if filled is None else filled.ups.count
+    if filled is not None:
+        width = filled.ups.covariance.shape[1]
+        plan.down[:rows] = filled.down
+        plan.ups.centred[:rows] = filled.ups.centred
+        plan.ups.mean[:rows] = filled.ups.mean
+        plan.ups.covariance[:rows, :width] = filled.ups.covariance
+        plan.ups.covariance[:rows, width:] = 0
+        plan.ups.offsets[: count + 1] = filled.ups.offsets
+        plan.ups.strengths[:count] = filled.ups.strengths
+    for buffer in (plan.down, plan.ups.centred, plan.ups.mean, plan.ups.covariance):
+        buffer[rows:] = 0
+    plan.ups.offsets[count + 1 :] = rows
+    plan.ups.strengths[count:] = 0
+    if filled is None:
+        plan.ups.offsets.zero_()
+
+
+def split_gated_plan(plan: GatedPlan, ranks: Sequence[int]) -> Iterator[PreparedFactors]:
+    """Yield each adapter's part of a plan, without copying."""
+    start, ups = 0, plan.ups
+    for rank in ranks:
+        rows = slice(start, start + rank)
+        yield PreparedFactors(
+            plan.down[rows], ups.centred[rows], ups.mean[rows], ups.covariance[rows, :rank]
+        )
+        start += padded(rank, ups.block)
 
 
 def make_sum_plan(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from autolora.errors import FusionError
-from autolora.fusion import FusedLinear, Gate
+from autolora.fusion import FusedLinear, Gate, derived
+from autolora.fusion.plans import prepare_factors
 from tests.fusion.reference import (
     gated_sum,
     plain_sum,
@@ -73,6 +74,52 @@ def test_strengths_factors_and_gate_may_change_in_place(gated):
     if gate is not None:
         gate.bias -= 3
         assert torch.equal(fused(x), FusedLinear(base, factors, copy.deepcopy(gate))(x))
+
+
+@torch.no_grad()
+def test_an_exchange_prepares_only_what_is_new(monkeypatch):
+    base, factors, gate, x = make((2, 4, 3))
+    prepared = []
+
+    def counted(a, *args):
+        prepared.append(a)
+        return prepare_factors(a, *args)
+
+    monkeypatch.setattr(derived, "prepare_factors", counted)
+    fused = FusedLinear(base, factors[:2], gate)
+    fused(x)
+    assert [id(a) for a in prepared] == [id(a) for a, _ in factors[:2]]
+    prepared.clear()
+    fused.set_strengths([0.5, -1.0])
+    fused(x)
+    fused.set_adapters(["b", "a"], factors[1::-1], [1.0, 1.0])
+    fused(x)
+    assert not prepared
+    fused.set_adapters(["a", "c"], [factors[0], factors[2]], [0.2, 1.0])
+    out = fused(x)
+    assert [id(a) for a in prepared] == [id(factors[2][0])]
+    assert torch.equal(out, FusedLinear(base, factors[::2], gate, [0.2, 1.0])(x))
+
+
+@torch.no_grad()
+def test_other_factors_at_the_same_address_are_other_factors():
+    base, factors, gate, x = make((2, 4))
+    fused = FusedLinear(base, factors, gate)
+    for seed in range(20):  # the allocator soon hands out the memory of the ones before
+        fused(x)
+        exchanged = random_factors((2, 4), 8, 12, torch.Generator().manual_seed(seed))
+        fused.set_adapters(["a", "b"], exchanged)
+        assert torch.equal(fused(x), FusedLinear(base, exchanged, gate)(x))
+
+
+@torch.no_grad()
+def test_a_base_that_keeps_its_output_finds_it_unchanged():
+    base, factors, gate, x = make()
+    kept = []
+    base.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    fused = FusedLinear(base, factors, gate)(x)
+    base._forward_hooks.clear()
+    assert torch.equal(kept[0], base(x)) and not torch.equal(fused, kept[0])
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@
 #endif
 #define TOKENS 4
 #define WIDTH (2 * LANES)
+#define SIDE 4 /* vectors whose gates are computed side by side: two tokens */
 #define CHUNK 128 /* channels of one work item, a multiple of WIDTH */
 #define GROUP 64  /* tokens of one work item, a multiple of TOKENS */
 #define MAX_ROWS 256 /* most packed ranks; native.py checks */
@@ -77,21 +78,25 @@ static inline vec clamp_vec(vec x, float low, float high) {
 #endif
 }
 
-/* 1 / (1 + e^-x), to a few units in the last place: e^-x = 2^n 2^f with n whole, |f| <= 1/2. */
-static inline vec sigmoid_vec(vec x) {
+#define EACH _Pragma("GCC unroll 4") for (int j = 0; j < SIDE; j++)
+
+/* 1 / (1 + e^-x) in place, to a few units in the last place: e^-x = 2^n 2^f with n whole and
+   |f| <= 1/2. SIDE vectors go side by side, since each waits long for its own results. */
+static inline void sigmoid_vecs(vec x[SIDE]) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
-    const vec power = clamp_vec(x * -1.44269504f, -126.0f, 126.0f);
-    const vec shifted = power + magic;
-    const vec f = power - (shifted - magic);
-    /* Taylor's series of 2^f, coefficients ln(2)^k / k!; the next term is below 2e-8. */
-    vec p = f * 1.52527338e-5f + 1.54035304e-4f;
-    p = p * f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
-    return 1.0f / (1.0f + (vec)((ivec)p + ((ivec)shifted << 23)));
+    vec power[SIDE], p[SIDE];
+    EACH power[j] = clamp_vec(x[j] * -1.44269504f, -126.0f, 126.0f);
+    EACH x[j] = power[j] + magic;
+    EACH power[j] = power[j] - (x[j] - magic);
+    /* Taylor's series of 2^f, coefficients ln(2)^k / k!; the next term is below 1.2e-7. */
+    EACH p[j] = power[j] * 1.54035304e-4f + 1.33335581e-3f;
+    EACH p[j] = p[j] * power[j] + 9.61812911e-3f;
+    EACH p[j] = p[j] * power[j] + 5.55041087e-2f;
+    EACH p[j] = p[j] * power[j] + 2.40226507e-1f;
+    EACH p[j] = p[j] * power[j] + 6.93147181e-1f;
+    EACH p[j] = p[j] * power[j] + 1.0f;
+    EACH p[j] = 1.0f + (vec)((ivec)p[j] + ((ivec)x[j] << 23));
+    EACH x[j] = 1.0f / p[j];
 }
 
 static inline float sum_vec(vec x) {
@@ -187,16 +192,19 @@ static inline void tile(const arguments *a, const float *y, const float *up, con
             n[3][0] += s3[k] * u0, n[3][1] += s3[k] * u1;
         }
         vec said = (vec){0};
-#pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++)
 #pragma GCC unroll 2
-            for (int v = 0; v < 2; v++) {
-                const vec base = z[t][v] * VECTOR(0, v) + VECTOR(1, v);
-                const vec coef = z[t][v] * VECTOR(2, v) + VECTOR(3, v);
-                const vec gate = sigmoid_vec(base + n[t][v] * coef);
-                total[t][v] += gate * (n[t][v] * deviations[t][i] + means[t][i]);
-                if (gate_sums && t < valid) said += gate * VECTOR(4, v);
+        for (int t = 0; t < TOKENS; t += SIDE / 2) {
+            vec gate[SIDE];
+            EACH gate[j] = z[t + j / 2][j % 2] * VECTOR(2, j % 2) + VECTOR(3, j % 2);
+            EACH gate[j] = gate[j] * n[t + j / 2][j % 2] + VECTOR(1, j % 2);
+            EACH gate[j] += z[t + j / 2][j % 2] * VECTOR(0, j % 2);
+            sigmoid_vecs(gate);
+            EACH {
+                const int k = t + j / 2, v = j % 2;
+                total[k][v] += gate[j] * (n[k][v] * deviations[k][i] + means[k][i]);
+                if (gate_sums && k < valid) said += gate[j] * VECTOR(4, v);
             }
+        }
         if (gate_sums) gate_sums[i] += sum_vec(said);
     }
 #pragma GCC unroll 4

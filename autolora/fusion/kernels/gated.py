@@ -6,7 +6,7 @@ that depends on which adapters are attached) and which autograd knows the gradie
 backward pass keep only the arguments: the gates are computed again.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: torch.library reads the operators' annotations.
 
 from typing import Any
 
