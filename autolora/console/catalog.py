@@ -1,0 +1,307 @@
+"""The pool as people browse it: titles, trigger words, tags, formats, covers, page by page.
+
+Files are read in the background once and again when they change; what has not been read yet shows
+its name only, so that a pool of thousands can be browsed at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autolora.adapters.metadata import Metadata
+from autolora.errors import AutoLoRAError, LoRAFormatError, PoolError, shown
+
+if TYPE_CHECKING:
+    from autolora.adapters import Pool
+    from autolora.adapters.scan import PoolEntry
+
+PAGE = 60
+MAX_FACETS = 40
+
+
+@dataclass(frozen=True)
+class Item:
+    """A LoRA of the pool as people see it.
+
+    Attributes:
+        name: Its name in the pool.
+        path: Its file.
+        stamp: Size and time of the file; another stamp is another file.
+        title: Name for people.
+        triggers: Trigger words.
+        tags: Topics.
+        base_model: Base model as its source spells it.
+        format: File format; empty when nothing is known of its keys.
+        strength: Strength that is used where nobody says another one.
+        bounds: Lowest and highest strength that its author recommends.
+        covers: Example pictures beside the file.
+        embedded: How many pictures the file itself holds.
+        problem: Why it cannot be used; empty when nothing speaks against it.
+        read: Whether its metadata has been read yet.
+    """
+
+    name: str
+    path: Path
+    stamp: tuple[int, int]
+    title: str = ""
+    triggers: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    base_model: str = ""
+    format: str = ""
+    strength: float = 1.0
+    bounds: tuple[float, float] | None = None
+    covers: tuple[Path, ...] = ()
+    embedded: int = 0
+    problem: str = ""
+    read: bool = False
+
+    @property
+    def text(self) -> str:
+        """What a search in the gallery looks at, folded."""
+        words = (self.name, self.title, *self.triggers, *self.tags)
+        return "\n".join(words).casefold()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what browsers and programs are told; no paths of this machine are in it."""
+        return {
+            "name": self.name,
+            "title": self.title or self.name,
+            "triggers": list(self.triggers),
+            "tags": list(self.tags),
+            "base_model": self.base_model,
+            "format": self.format,
+            "size": self.stamp[0],
+            "strength": self.strength,
+            "bounds": None if self.bounds is None else list(self.bounds),
+            "covers": len(self.covers) + self.embedded,
+            "problem": self.problem,
+            "version": f"{self.stamp[1]:x}",
+        }
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some items of the pool, and what there is altogether.
+
+    Attributes:
+        items: The items of this page.
+        total: How many match.
+        pool: How many there are in the pool.
+        tags: Most frequent tags of the pool with their counts.
+        formats: Formats of the pool with their counts.
+        reading: Whether files are still being read.
+    """
+
+    items: list[Item]
+    total: int
+    pool: int
+    tags: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, int] = field(default_factory=dict)
+    reading: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "items": [item.to_dict() for item in self.items],
+            "total": self.total,
+            "pool": self.pool,
+            "tags": self.tags,
+            "formats": self.formats,
+            "reading": self.reading,
+        }
+
+
+class Catalog:
+    """Reads and keeps what is known about the files of a pool."""
+
+    def __init__(self, pool: Callable[[], Pool]) -> None:
+        """Read nothing yet.
+
+        Args:
+            pool: Gives the pool; may raise `PoolError` as long as there is none.
+        """
+        self._pool = pool
+        self._items: dict[str, Item] = {}
+        self._facets: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._lock = threading.Lock()
+        self._reader: threading.Thread | None = None
+        self.entries: tuple[PoolEntry, ...] = ()
+
+    def refresh(self, wait: bool = False) -> bool:
+        """List the pool again, and read new and changed files in the background.
+
+        Args:
+            wait: Return only when all of them are read.
+
+        Returns:
+            Whether files were added, removed or changed since the last time.
+
+        Raises:
+            PoolError: The pool is missing or empty.
+        """
+        pool = self._pool()
+        try:
+            pool.refresh()
+            entries = tuple(pool.entries)
+        except PoolError:
+            self._replace({})
+            self.entries = ()
+            raise
+        changed = entries != self.entries
+        if changed:
+            self.entries = entries
+            self._replace({entry.name: self._known(entry) for entry in entries})
+        self._start_reading()
+        reader = self._reader
+        if wait and reader is not None:
+            reader.join()
+        return changed
+
+    @property
+    def reading(self) -> bool:
+        """Whether files are being read."""
+        return self._reader is not None and self._reader.is_alive()
+
+    def item(self, name: str) -> Item:
+        """Look a LoRA up, reading its file where that has not happened yet.
+
+        Raises:
+            PoolError: No LoRA has this name; the message suggests some that have a like one.
+        """
+        found = self._items.get(name)
+        if found is None:
+            self._pool().entry(name)
+            raise PoolError(f"{shown(name)!r} is new in the pool; try again in a moment.")
+        if not found.read:
+            found = _read(found)
+            with self._lock:
+                if name in self._items:
+                    self._items[name] = found
+        return found
+
+    def page(
+        self, text: str = "", tag: str = "", format: str = "", start: int = 0, count: int = PAGE
+    ) -> Page:
+        """Find items for the gallery.
+
+        Args:
+            text: Words that name, title, trigger words or tags must all have.
+            tag: Only items with this tag.
+            format: Only items in this file format.
+            start: How many to skip.
+            count: How many at most.
+
+        Returns:
+            The page, sorted by title.
+        """
+        words = text.casefold().split()
+        matching = [
+            item
+            for item in self._items.values()
+            if all(word in item.text for word in words)
+            and (not tag or tag in item.tags)
+            and (not format or format == item.format)
+        ]
+        matching.sort(key=lambda item: ((item.title or item.name).casefold(), item.name))
+        count = max(1, min(count, 4 * PAGE))
+        return Page(
+            matching[max(0, start) :][:count],
+            len(matching),
+            len(self._items),
+            *self._facets,
+            self.reading,
+        )
+
+    def _known(self, entry: PoolEntry) -> Item:
+        """What was known of a file, when it is still the same."""
+        before = self._items.get(entry.name)
+        stamp = (entry.size, entry.mtime_ns)
+        if before is not None and before.stamp == stamp and before.path == entry.path:
+            return before
+        return Item(entry.name, entry.path, stamp)
+
+    def _replace(self, items: dict[str, Item]) -> None:
+        with self._lock:
+            self._items = items
+            self._count()
+
+    def _count(self) -> None:
+        items = self._items.values()
+        self._facets = (
+            _frequent(tag for item in items for tag in item.tags),
+            _frequent(item.format for item in items if item.format),
+        )
+
+    def _start_reading(self) -> None:
+        with self._lock:
+            unread = [item for item in self._items.values() if not item.read]
+            if not unread or self.reading:
+                return
+            self._reader = threading.Thread(
+                target=self._read_all, args=(unread,), name="catalog", daemon=True
+            )
+            self._reader.start()
+
+    def _read_all(self, unread: list[Item]) -> None:
+        for item in unread:
+            known = _read(item)
+            with self._lock:
+                if self._items.get(item.name) is item:
+                    self._items[item.name] = known
+        with self._lock:
+            self._count()
+
+
+def _frequent(words: Iterable[str]) -> dict[str, int]:
+    counts = Counter(words)
+    ordered = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return dict(ordered[:MAX_FACETS])
+
+
+def _read(item: Item) -> Item:
+    """Read metadata and format of a file; nothing in it can do harm here."""
+    try:
+        metadata = Metadata.read(item.path)
+        file_format, problem = _format(item.path)
+    except (AutoLoRAError, OSError) as error:
+        metadata, file_format, problem = Metadata(), "", str(error)
+    return Item(
+        item.name,
+        item.path,
+        item.stamp,
+        title=metadata.title or item.name,
+        triggers=tuple(metadata.trigger_words),
+        tags=tuple(metadata.tags),
+        base_model=metadata.base_model,
+        format=file_format,
+        strength=_strength(metadata),
+        bounds=metadata.strength_bounds,
+        covers=tuple(metadata.covers),
+        embedded=metadata.embedded_covers,
+        problem=problem,
+        read=True,
+    )
+
+
+def _strength(metadata: Metadata) -> float:
+    from autolora.generation.selecting import recommended_strength
+
+    return recommended_strength(metadata)
+
+
+def _format(path: Path) -> tuple[str, str]:
+    """Name the file format by the header alone, or say why the file cannot be used."""
+    from autolora.adapters.formats import match_keys
+    from autolora.adapters.reader import read_header
+
+    try:
+        keys = list(read_header(path).tensors)
+    except LoRAFormatError as error:
+        return "", str(error)
+    names = Counter(match.format.name for match in match_keys(keys).values())
+    return (names.most_common(1)[0][0], "") if names else ("", "")

@@ -1,0 +1,33 @@
+// The pictures of this visit; one click brings the settings back.
+
+import { el, getJson, on, t, toast, url } from "./core.js";
+
+export function history({ element, trigger }) {
+  const root = element.firstElementChild;
+  let entries = [];
+
+  function draw() {
+    root.hidden = entries.length === 0;
+    const tiles = entries.map((entry) => {
+      const restore = () => {
+        trigger("restore", { picture: entry.id });
+        toast(t("restored"), "info");
+      };
+      return el("button", { class: "al-past", title: `${entry.prompt}\n${t("seed")} ${entry.seed}`, data: { id: entry.id, seed: entry.seed }, onclick: restore },
+        el("img", { src: url(`api/pictures/${entry.id}/small`), loading: "lazy", alt: entry.prompt }));
+    });
+    root.replaceChildren(
+      el("div", { class: "al-head" }, el("h3", {}, t("history")), el("span", { class: "al-hint" }, t("history_hint"))),
+      el("div", { class: "al-pasts" }, ...tiles),
+    );
+  }
+
+  async function load() {
+    entries = await getJson("history").catch(() => entries);
+    draw();
+  }
+
+  on("picture", load);
+  on("language", draw);
+  load();
+}

@@ -1,0 +1,386 @@
+"""What the page and the HTTP interface both do: plan, draw, remember, restore."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autolora.adapters import Pool
+from autolora.console.cards import Card, Plan, SearchDesk, make_plan
+from autolora.console.catalog import Catalog
+from autolora.console.covers import Covers
+from autolora.console.jobs import Job, JobQueue, JobView, Task
+from autolora.console.orders import Order, Selection
+from autolora.console.pictures import Picture, PictureStore
+from autolora.console.styles import Style, Styles, shipped_styles
+from autolora.console.visits import Entry, Visits
+from autolora.errors import AutoLoRAError, PoolError
+from autolora.generation.request import make_request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from autolora.adapters.scan import PoolEntry
+    from autolora.pipeline import AutoLoRAPipeline
+
+SYSTEM = "server"
+PREVIEW_SIDE = 512
+PREVIEWS = 8
+
+
+@dataclass(frozen=True)
+class Look:
+    """A preview of a picture on its way.
+
+    Attributes:
+        step: Denoising steps that are done.
+        image: The guess of the finished picture, at most `PREVIEW_SIDE` pixels.
+    """
+
+    step: int
+    image: Image
+
+
+class Studio:
+    """One pipeline with a queue, a catalog of its pool, styles, pictures and histories."""
+
+    def __init__(
+        self,
+        pipe: AutoLoRAPipeline,
+        outputs: Path,
+        styles: Path | None = None,
+        queue: JobQueue | None = None,
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            pipe: The pipeline; nobody else may attach adapters to it.
+            outputs: Folder for pictures.
+            styles: Folder for saved styles; by default ``styles`` in the output folder.
+            queue: The queue of jobs; a new one by default.
+        """
+        self.pipe = pipe
+        self.queue = JobQueue() if queue is None else queue
+        self.catalog = Catalog(lambda: pipe.pool)
+        self.desk = SearchDesk(self.catalog, self._follow_pool)
+        self.styles = Styles([shipped_styles()], styles or outputs / "styles")
+        self.pictures = PictureStore(outputs)
+        self.covers = Covers(outputs / ".covers")
+        self.visits = Visits()
+        self.problem = ""
+        self._indexing: Job | None = None
+        self._failed: tuple[PoolEntry, ...] | None = None
+        self._indexing_lock = threading.Lock()
+
+    # Cards
+
+    def plan(
+        self, prompt: str, selection: Selection | None = None, strategy: str | None = None
+    ) -> Plan:
+        """Decide which adapters a picture would take.
+
+        Args:
+            prompt: The prompt as it was typed; may be empty.
+            selection: What was pinned, dropped and so on.
+            strategy: How to fuse them; None leaves it to the style.
+
+        Returns:
+            The plan; an index that is not there yet finds nothing and says so in the notes.
+
+        Raises:
+            AutoLoRAError: Something that was asked for is not possible.
+        """
+        selection = Selection() if selection is None else selection
+        notes = self._look_at_pool()
+        config = self.pipe.config
+        plan = make_plan(
+            self.desk,
+            self.catalog,
+            self.styles.get(selection.style),
+            prompt,
+            selection,
+            config.strategy,
+            config.top_k,
+            strategy,
+        )
+        plan.notes[:0] = notes
+        return plan
+
+    def _look_at_pool(self) -> list[str]:
+        try:
+            self.desk.look()
+        except PoolError as error:
+            self.problem = str(error)
+        if self.desk.ready:
+            return []
+        return [self.problem or f"The index of the pool is being built{self._how_far()}."]
+
+    def _how_far(self) -> str:
+        job = self._indexing
+        return f" ({job.done} of {job.total})" if job is not None and job.total else ""
+
+    # Pictures
+
+    def submit(self, order: Order, owner: str, visit: str = "") -> Job:
+        """Put an order into the queue.
+
+        Args:
+            order: What is asked for.
+            owner: Who may cancel it.
+            visit: Whose history the pictures go to; empty for nobody's.
+
+        Returns:
+            The job; its results are `Picture`.
+
+        Raises:
+            AutoLoRAError: Something that was asked for is not possible; nothing was queued.
+        """
+        order = order.with_seed()
+        plan = self.plan(order.prompt, order.selection, order.strategy)
+        self._check(order, plan)
+        tasks = self._tasks(order, plan, visit)
+        return self.queue.submit(owner, tasks)
+
+    async def run(self, order: Order, owner: str, visit: str = "") -> AsyncGenerator[JobView, None]:
+        """Queue an order and give a view whenever something changed.
+
+        An index that is still to be built is waited for first. Whoever stops listening before the
+        end, such as a browser that was closed, ends the job.
+
+        Args:
+            order: As for `submit`.
+            owner: As for `submit`.
+            visit: As for `submit`.
+
+        Raises:
+            AutoLoRAError: As for `submit`.
+        """
+        indexing = self.indexing() if order.selection.automatic else None
+        if indexing is not None:
+            async with aclosing(self.queue.follow(indexing)) as views:
+                async for view in views:
+                    if not view.finished:
+                        yield view
+        job = await asyncio.to_thread(self.submit, order, owner, visit)
+        try:
+            async with aclosing(self.queue.follow(job)) as views:
+                async for view in views:
+                    yield view
+        finally:
+            self.queue.cancel(job)
+
+    def indexing(self) -> Job | None:
+        """The job that has to end before anything can be found; None where none has to."""
+        if self.desk.ready or self.pool() is None:
+            return None
+        running = self._indexing
+        return self.reindex() if running is None or running.finished else running
+
+    def _check(self, order: Order, plan: Plan) -> None:
+        """Find what is wrong before anything is queued."""
+        from autolora.fusion import get_strategy
+
+        get_strategy(plan.strategy)
+        make_request(self.pipe.config, plan.prompt, **self._settings(order, plan))
+
+    def _settings(self, order: Order, plan: Plan) -> dict[str, Any]:
+        config = self.pipe.config
+        negative = (order.negative_prompt.strip(), plan.negative_prompt)
+        return {
+            "seed": order.seed,
+            "steps": order.steps,
+            "size": (order.width or config.width, order.height or config.height),
+            "guidance": order.guidance,
+            "negative_prompt": ", ".join(part for part in negative if part),
+        }
+
+    def _tasks(self, order: Order, plan: Plan, visit: str) -> list[Task]:
+        """One task per picture; a comparison draws the fused picture first."""
+        draw = partial(self._draw, order, plan, visit)
+        if not order.compare or not plan.cards:
+            return [Task("", partial(draw, order.seed + n)) for n in range(order.count)]
+        rivals = [(f"only {card.item.name}", [card]) for card in plan.cards]
+        rivals = rivals if len(rivals) > 1 else []
+        groups = [("fused", plan.cards), *rivals, ("no adapters", [])]
+        return [
+            Task(label, partial(draw, order.seed, label=label, cards=cards))
+            for label, cards in groups
+        ]
+
+    def _draw(
+        self,
+        order: Order,
+        plan: Plan,
+        visit: str,
+        seed: int,
+        job: Job,
+        label: str = "",
+        cards: list[Card] | None = None,
+    ) -> Picture:
+        """Draw one picture of an order and keep it."""
+        taking = plan.cards if cards is None else cards
+        prompt, triggers = plan.prompt, order.selection.use_triggers
+        if cards is not None and job.results:
+            # All pictures of a comparison read what the first one read.
+            prompt, triggers = job.results[0].report["used_prompt"], False
+        output = self.pipe(
+            prompt,
+            loras=[(card.item.name, card.strength) for card in taking],
+            retrieve=False,
+            strategy=plan.strategy,
+            use_triggers=triggers,
+            progress=job.progress,
+            **{**self._settings(order, plan), "seed": seed},
+            preview=lambda step, image: job.show(_look(step, image)),
+            preview_every=max(1, (order.steps or self.pipe.config.steps) // PREVIEWS),
+        )
+        _explain(output.report, taking, plan.notes)
+        picture = self.pictures.add(output, label)
+        if visit:
+            settings = {**order.to_dict(), "seed": seed, "count": 1, "compare": False}
+            self.visits.add(visit, Entry(picture, settings))
+        return picture
+
+    # The pool
+
+    def reindex(self, rebuild: bool = False, owner: str = SYSTEM) -> Job:
+        """Queue bringing the search index up to date.
+
+        Args:
+            rebuild: Encode every file again.
+            owner: Who asked for it.
+
+        Returns:
+            The job, or one that waits already and will see the same files; its result says what
+            was done.
+        """
+        with self._indexing_lock:
+            before = self._indexing
+            if before is not None and before.state == "waiting" and not rebuild:
+                return before
+            task = Task("index", lambda job: self._index(job, rebuild))
+            self._indexing = self.queue.submit(owner, [task], "index")
+            return self._indexing
+
+    def _follow_pool(self) -> None:
+        """Bring the index up to the pool's files, unless it was tried with the same ones."""
+        idle = self._indexing is None or self._indexing.finished
+        if idle and self.catalog.entries != self._failed:
+            self.reindex()
+
+    def _index(self, job: Job, rebuild: bool) -> dict[str, Any]:
+        try:
+            state = self.pipe.index(rebuild, job.progress)
+        except AutoLoRAError as error:
+            self.problem, self._failed = str(error), self.catalog.entries
+            raise
+        self.problem = ""
+        self.desk.use(state)
+        self.catalog.refresh()
+        return {"loras": state.size, **vars(state.report)}
+
+    def warm_up(self) -> None:
+        """Queue what makes the first picture slow: the index, the base model."""
+
+        def load(job: Job) -> None:
+            _ = self.pipe.base, self.pipe.gates
+
+        try:
+            self.catalog.refresh()
+        except PoolError as error:
+            self.problem = str(error)
+        else:
+            self.reindex()
+        self.queue.submit(SYSTEM, [Task("base model", load)], "load")
+
+    def pool(self) -> Pool | None:
+        """The pool, or None as long as there is none."""
+        try:
+            return self.pipe.pool
+        except PoolError:
+            return None
+
+    # Styles
+
+    def save_style(self, name: str, title: str, order: Order, overwrite: bool = False) -> Style:
+        """Save the adapters that an order would take as a style.
+
+        Args:
+            name: Name of the style's file.
+            title: What people read; the name where it is empty.
+            order: Settings of the form; without a prompt only what is pinned is saved.
+            overwrite: Whether a saved style of that name may be replaced.
+
+        Returns:
+            The style.
+
+        Raises:
+            AutoLoRAError: There is nothing to save, or the name cannot be used.
+        """
+        base = self.styles.get(order.selection.style)
+        plan = self.plan(order.prompt, order.selection, order.strategy)
+        if not plan.cards:
+            raise PoolError("There is no adapter to save; pin one, or type what finds one.")
+        style = Style(
+            name,
+            {"en": title or name, "zh": title or name},
+            base.prompt,
+            base.negative_prompt,
+            tuple((card.item.name, card.strength) for card in plan.cards),
+            plan.strategy,
+            automatic=order.selection.automatic,
+        )
+        self.styles.save(style, overwrite)
+        return style
+
+
+def _look(step: int, image: Image) -> Look:
+    small = image.copy()
+    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    return Look(step, small)
+
+
+def order_of_report(report: Mapping[str, Any]) -> Order:
+    """Settings that make a picture again, from the report inside it.
+
+    Raises:
+        GenerationError: The report has values that no order can have.
+    """
+    adapters = report.get("adapters") or []
+    pinned = {str(used["name"]): used["strength"] for used in adapters}
+    added = any(used.get("triggers") for used in adapters)
+    selection = {"automatic": False, "pinned": pinned, "use_triggers": added}
+    return Order(
+        prompt=str(report["prompt"] if added else report["used_prompt"]),
+        negative_prompt=str(report.get("negative_prompt") or ""),
+        seed=int(report["seed"]),
+        steps=int(report["steps"]),
+        width=int(report["width"]),
+        height=int(report["height"]),
+        guidance=float(report["guidance"]),
+        strategy=str(report["strategy"]),
+        selection=Selection.from_dict(selection),
+    )
+
+
+def _explain(report: Any, cards: list[Card], notes: list[str]) -> None:
+    """Say in a report why adapters were taken that the search had found before the call."""
+    found = {card.item.name: card for card in cards}
+    for used in report.adapters:
+        card = found.get(used.name)
+        if card is None:
+            continue
+        if card.hit is not None:
+            used.score = round(card.hit.score, 4)
+            if hasattr(used, "channels"):
+                used.channels = {name: round(p, 4) for name, p in card.hit.channels.items()}
+        reasons = {"style": "part of the style", "pinned": "pinned", "prompt": "asked for"}
+        found_why = card.hit.why if card.hit is not None else "found"
+        used.why = reasons.get(card.source, found_why)
+    report.notes = [*notes, *report.notes]
