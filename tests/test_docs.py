@@ -173,7 +173,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(place: Path, tiny_shapes, one_base_model, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Be in that folder, with the home folder there, too."""
     from autolora.adapters import save_lora
-    from autolora.flux import config
+    from autolora.flux import config, template
     from autolora.fusion import strategies
 
     downloads = place / "Downloads"
@@ -185,9 +185,10 @@ def reader(place: Path, tiny_shapes, one_base_model, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", str(place))
     find = config.find_config
     small = place / "tiny.yaml"
-    monkeypatch.setattr(
-        config, "find_config", lambda name: small if str(name) == "tiny" else find(name)
-    )
+    for module in (config, template):
+        monkeypatch.setattr(
+            module, "find_config", lambda name: small if str(name) == "tiny" else find(name)
+        )
     # What a page registers is gone after it.
     monkeypatch.setattr(strategies, "_STRATEGIES", dict(strategies._STRATEGIES))
     monkeypatch.delenv("AUTOLORA_MODEL", raising=False)
