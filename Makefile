@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.autolora-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup demo test browser lint docs clean
 
 help:
 	@echo 'make setup               install everything into $(VENV)'
 	@echo 'make demo PROMPT="..."   draw a picture with the embedded model, into $(OUTPUTS)/'
 	@echo 'make test                lint, type check and test'
+	@echo 'make browser             test the web console with Chromium'
 	@echo 'make lint                only lint and type check'
 	@echo 'make docs                build the documentation into build/site'
 	@echo 'make clean               remove caches, builds and the search index'
@@ -39,7 +40,10 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not browser"
+
+browser: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/browser
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from autolora.fusion.prefetch import ready_beside
 from autolora.generation.denoise import (
     Timings,
     Watch,
@@ -55,7 +58,9 @@ def make_pictures(
     drawn: list[tuple[list[int], Tensor, float, Any]] = []
     with acting as attachment:
         plan.clock.mark("attach")
+        wait_for_adapters = ready_beside(base.dit, base.torch_dtype, torch.device(base.device))
         texts = read_texts(base, plan.request, plan.report.used_prompt)
+        wait_for_adapters()
         for number, group in enumerate(groups):
             here = dataclasses.replace(watch, done=number * plan.request.steps, total=total)
             with _recording(base, plan) as records:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from scripts.flux_step.model import Sizes
@@ -87,7 +88,7 @@ def limits(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     copies, products = [], []
     for turn in range(8):
         seconds, _ = timed(lambda: target.copy_(source), device)
-        other, _ = timed(lambda: a @ b, device)
+        other, _ = timed(lambda: F.linear(a, b), device)  # as layers do, b transposed
         if turn > 1:
             copies.append(seconds)
             products.append(other)

@@ -7,7 +7,8 @@ import torch
 
 from autolora.errors import FusionError
 from autolora.fusion.graphs import capture
-from autolora.fusion.prefetch import Prefetch, pinned
+from autolora.fusion.linear import FusedLinear
+from autolora.fusion.prefetch import Prefetch, pinned, ready_beside
 
 CPU = torch.device("cpu")
 
@@ -47,3 +48,26 @@ def test_a_replayed_graph_takes_new_inputs():
     torch.testing.assert_close(replay(a, b), a @ b)
     with pytest.raises(FusionError, match="takes"):
         replay(a[:2], b)
+
+
+def fused_layer(device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(0)
+    factors = [(torch.randn(4, 32), torch.randn(16, 4)) for _ in range(3)]
+    base = torch.nn.Linear(32, 16).to(device)
+    return torch.nn.Sequential(FusedLinear(base, factors))
+
+
+def test_layers_of_a_cpu_make_themselves_ready():
+    ready_beside(fused_layer(CPU), torch.float32, CPU)()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_adapters_made_ready_beside_other_work_give_the_same():
+    device = torch.device("cuda")
+    x = torch.randn(7, 32, device=device)
+    model = fused_layer(device)
+    wait = ready_beside(model, torch.float32, device)
+    (torch.randn(2000, 2000, device=device) @ torch.randn(2000, 2000, device=device)).sum()
+    wait()
+    assert torch.equal(model(x), fused_layer(device)(x))
