@@ -19,7 +19,7 @@ from PIL import Image
 from scripts.console_run import ROOT, chromium, running
 
 PROMPTS = (
-    "a pixel art dragon on a green background",
+    "a pixel art dragon on a yellow background",
     "a sepia mushroom on a white background",
     "a watercolor rocket on an orange background",
 )
@@ -47,15 +47,17 @@ def main() -> int:
         seed.fill(str(SEED))
         seed.press("Tab")
         page.locator("#al-settings > button").click()
-        for count, prompt in enumerate(PROMPTS, start=1):
+        for prompt in PROMPTS:
+            before = page.locator(".al-facts").get_attribute("data-id") or ""
             page.locator("#al-prompt textarea").fill(prompt)
             page.wait_for_function(
                 f"document.querySelector('.al-desk').dataset.prompt === {prompt!r}"
             )
             page.click("#al-generate")
             page.wait_for_function(
-                f"document.querySelectorAll('.al-shot').length === {count}"
-                " && !document.querySelector('#al-generate').disabled"
+                "before => (document.querySelector('.al-facts').dataset.id || before) !== before"
+                " && !document.querySelector('#al-generate').disabled",
+                arg=before,
             )
         page.mouse.move(0, 0)
         page.wait_for_timeout(4000)  # the number of those who wait is asked for now and then

@@ -49,6 +49,7 @@ function header({ element, props, trigger }) {
     queue.textContent = jobs.length ? t("queue_now", { n: jobs.length }) : "";
   };
   look();
+  on("state", () => setTimeout(look, 300));
   setInterval(look, 5000);
 }
 

@@ -23,6 +23,7 @@ export function stage({ element, props, trigger, watch }) {
     }
     const fresh = !state.job || value.pictures.length < state.job.pictures.length || state.job.state !== "running";
     if (fresh && value.pictures.length === 0) Object.assign(state, { chosen: 0, follow: true, shown: 0 });
+    if (state.job?.state !== value.state) emit("state");
     state.job = value;
     if (state.follow) state.chosen = value.pictures[0]?.label ? 0 : Math.max(0, value.pictures.length - 1);
     if (value.pictures.length > state.shown) emit("picture");
