@@ -23,7 +23,7 @@ from autolora.console.models import (
     QueueAnswer,
     SearchAnswer,
 )
-from autolora.console.orders import Order, Selection
+from autolora.console.orders import Order, Selection, order_of_report
 from autolora.console.studio import Studio
 from autolora.errors import AutoLoRAError, GenerationError, PoolError, shown
 from autolora.generation.prompts import parse_prompt
@@ -185,7 +185,6 @@ def _png_body() -> dict[str, Any]:
 def _settings_of_png(data: bytes) -> dict[str, Any]:
     import tempfile
 
-    from autolora.console.studio import order_of_report
     from autolora.generation.report import read_report
 
     with tempfile.TemporaryDirectory() as folder:
@@ -195,10 +194,7 @@ def _settings_of_png(data: bytes) -> dict[str, Any]:
             report = read_report(path)
         except GenerationError as error:
             raise GenerationError(str(error).replace(str(path), "The file")) from error
-    try:
-        order = order_of_report(report)
-    except (KeyError, TypeError, ValueError) as error:
-        raise GenerationError("The settings in this picture are not understood.") from error
+    order = order_of_report(report)
     return {"order": order.to_dict(), "model": str(report.get("model", ""))}
 
 
@@ -230,7 +226,7 @@ def _add_search(router: APIRouter, studio: Studio) -> None:
     def cards(body: CardsRequest) -> dict[str, Any]:
         """Say which adapters a picture would take, for a prompt that is being typed."""
         plan = studio.plan(body.prompt, Selection.from_dict(body.selection))
-        return {**plan.to_dict(), "ready": studio.desk.ready}
+        return {**plan.to_dict(), "ready": studio.desk.ready, "indexing": studio.is_indexing}
 
 
 def _add_styles(router: APIRouter, studio: Studio) -> None:

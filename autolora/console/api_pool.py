@@ -95,11 +95,12 @@ def _check(studio: Studio, deep: bool) -> Iterator[bytes]:
         report = None if found.report is None else found.report.to_dict()
         if report is not None:
             report.pop("matched", None)
+        notes = [*found.notes, *([found.twin.sentence] if found.twin else [])]
         row = {
             "name": found.name,
             "problem": found.problem.replace(root, "pool"),
             "report": report,
-            "notes": [note.replace(root, "pool") for note in found.notes],
+            "notes": [note.replace(root, "pool") for note in notes],
             "done": done,
             "total": len(entries),
         }

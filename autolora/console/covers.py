@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from autolora.console.catalog import Item
+from autolora.console.files import write_whole
 from autolora.errors import AutoLoRAError, PoolError, shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIZES = (96, 256, 768)
 MAX_PIXELS = 100_000_000
@@ -87,7 +90,8 @@ class Covers:
             data = file.read_bytes()
         except OSError:
             data = make()
-            self._keep(file, data)
+            with contextlib.suppress(OSError):  # a full or read-only disk only costs time
+                write_whole(file, data)
         with self._lock:
             self._memory[key] = data
             while len(self._memory) > MEMORY:
@@ -101,17 +105,6 @@ class Covers:
                 stat = item.covers[number].stat()
                 stamp += f"\n{item.covers[number].name}\n{stat.st_size}\n{stat.st_mtime_ns}"
         return _digest(stamp)
-
-    def _keep(self, file: Path, data: bytes) -> None:
-        """Write a small cover; a full or read-only disk only makes the next time slower."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
-            with os.fdopen(handle, "wb") as part:
-                part.write(data)
-            os.replace(temporary, file)
-        except OSError:
-            return
 
 
 def _digest(stamp: str) -> str:
@@ -139,17 +132,27 @@ def _source(item: Item, number: int) -> bytes:
 
 
 def _small(data: bytes, side: int, name: str) -> bytes:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(data), formats=_KINDS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise PoolError(f"The picture of {shown(name)!r} has too many pixels to be shown.")
             picture.draft("RGB", (side, side))
-            small = picture.convert("RGB")
+            small = _on_paper(ImageOps.exif_transpose(picture))
             small.thumbnail((side, side))
             out = io.BytesIO()
             small.save(out, format="WEBP", quality=86, method=2)
             return out.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PoolError(f"The picture of {shown(name)!r} is none that can be shown.") from error
+
+
+def _on_paper(picture: Image) -> Image:
+    """Put a picture that may be transparent on white; what hides below is not meant to be seen."""
+    from PIL import Image
+
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

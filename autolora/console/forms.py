@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -15,6 +14,8 @@ from autolora.console.guard import VISIT_COOKIE
 from autolora.console.jobs import JobView
 from autolora.console.labels import LABELS, LANGUAGES, label, language_of
 from autolora.console.orders import Order, Selection, whole_number
+from autolora.console.phrases import PHRASES, compiled
+from autolora.console.pictures import Picture
 from autolora.console.studio import Look, Studio
 from autolora.errors import AutoLoRAError, GenerationError
 from autolora.flux.config import SIZE_MULTIPLE
@@ -22,31 +23,6 @@ from autolora.generation.request import parse_size
 
 LANGUAGE_COOKIE = "autolora_language"
 _SHAPES = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
-
-
-@dataclass
-class Form:
-    """The parts of the page that hold what is asked for."""
-
-    prompt: gr.Textbox
-    negative: gr.Textbox
-    seed: gr.Number
-    steps: gr.Slider
-    size: gr.Dropdown
-    guidance: gr.Slider
-    count: gr.Slider
-    strategy: gr.Dropdown
-    compare: gr.Checkbox
-    desk: gr.HTML
-    settings: gr.Accordion
-
-    def values(self) -> list[Any]:
-        """The parts with values, in the order in which `Forms` takes and gives them."""
-        return [getattr(self, name) for name in VALUES]
-
-    def labelled(self) -> list[Any]:
-        """The parts with labels, in the order in which `Forms.labels` gives them."""
-        return [getattr(self, name) for name in (*VALUES[:-1], "settings")]
 
 
 VALUES = (
@@ -61,6 +37,7 @@ VALUES = (
     "compare",
     "desk",
 )
+"""Names of the parts that hold what is asked for, in the order in which they are sent."""
 
 
 class Forms:
@@ -75,7 +52,9 @@ class Forms:
     def header(self) -> dict[str, Any]:
         """Facts for the top of the page, and all labels for the scripts."""
         config = self.studio.pipe.config
-        return {"model": config.name, "labels": LABELS, "languages": LANGUAGES}
+        phrases = {language: compiled(known) for language, known in PHRASES.items()}
+        facts = {"model": config.name, "languages": LANGUAGES}
+        return {**facts, "labels": LABELS, "phrases": phrases}
 
     def selection(self) -> dict[str, Any]:
         """What the desk starts with."""
@@ -103,36 +82,16 @@ class Forms:
 
     def first_labels(self, request: gr.Request) -> list[Any]:
         """Labels in the language that the browser prefers, or that was chosen before."""
-        chosen = (request.cookies or {}).get(LANGUAGE_COOKIE, "")
-        accepted = dict(request.headers or {}).get("accept-language", "")
-        return self.labels(chosen if chosen in LANGUAGES else language_of(accepted))
+        return labels(_language(request))
+
+    def first_strategies(self, request: gr.Request) -> Any:
+        """The ways to fuse, apart from the other labels as naming them takes importing torch."""
+        return gr.update(choices=self.strategies(_language(request)))
 
     def relabel(self, event: gr.EventData) -> list[Any]:
-        """Labels in the language that was chosen."""
-        return self.labels(str(getattr(event, "language", "en")))
-
-    def labels(self, language: str) -> list[Any]:
-        """Updates of all parts with labels: the form, the buttons, the tabs."""
-
-        def said(key: str) -> str:
-            return label(language, key)
-
-        return [
-            gr.update(placeholder=said("prompt_hint"), label=said("prompt")),
-            gr.update(label=said("negative"), placeholder=said("negative_hint")),
-            gr.update(label=said("seed"), info=said("seed_info")),
-            gr.update(label=said("steps")),
-            gr.update(label=said("size"), info=said("size_info")),
-            gr.update(label=said("guidance")),
-            gr.update(label=said("count")),
-            gr.update(label=said("strategy"), choices=self.strategies(language)),
-            gr.update(label=said("compare"), info=said("compare_info")),
-            gr.update(label=said("settings")),
-            gr.update(value=said("generate")),
-            gr.update(value=said("stop")),
-            gr.update(label=said("studio")),
-            gr.update(label=said("pool")),
-        ]
+        """Labels in the language that was chosen, and the ways to fuse."""
+        language = str(getattr(event, "language", "en"))
+        return [*labels(language), gr.update(choices=self.strategies(language))]
 
     # Pictures
 
@@ -187,21 +146,26 @@ class Forms:
     def restore(self, event: gr.EventData, request: gr.Request) -> list[Any]:
         """Fill the form with the settings of a picture, from the history or from a PNG file."""
         try:
-            order = self._restored(event, _visit(request))
+            order, picture = self._restored(event, _visit(request))
         except (AutoLoRAError, TypeError, ValueError, KeyError) as error:
             known = isinstance(error, AutoLoRAError)
             sentence = str(error) if known else "These settings are not understood."
             return [gr.skip()] * len(VALUES) + [{"state": "notice", "error": sentence}]
-        return [*form_values(self.studio, order), gr.skip()]
+        shown = None if picture is None else picture.to_dict()
+        return [
+            *form_values(self.studio, order),
+            {"state": "notice", "error": "", "picture": shown},
+        ]
 
-    def _restored(self, event: gr.EventData, visit: str) -> Order:
+    def _restored(self, event: gr.EventData, visit: str) -> tuple[Order, Picture | None]:
+        """The settings, and the picture where it is one of this visit."""
         data: Mapping[str, Any] = event._data if isinstance(event._data, Mapping) else {}
         if "picture" in data:
             entry = self.studio.visits.find(visit, str(data["picture"]))
             if entry is None:
                 raise GenerationError("This picture is not in the history of this visit any more.")
-            return Order.from_dict(entry.order)
-        return Order.from_dict(data["order"])
+            return Order.from_dict(entry.order), entry.picture
+        return Order.from_dict(data["order"]), None
 
     def reuse(self, event: gr.EventData) -> int:
         """Put a picture's seed into the form."""
@@ -219,9 +183,37 @@ class Forms:
             )
             style = self.studio.save_style(_stem(name), name, order)
         except AutoLoRAError as error:
-            return {**fields, "save_as": "", "notice": str(error)}
-        value = selection_value(Selection(style=style.name))
-        return {**value, "notice": f"{name}: {style.name}.yaml"}
+            return {**fields, "save_as": "", "problem": str(error)}
+        return {**selection_value(Selection(style=style.name)), "saved": name}
+
+
+def part_labels(language: str) -> dict[str, dict[str, Any]]:
+    """What the parts of the page say, by part and by Gradio's name for the place."""
+    keys = {
+        "prompt": {"placeholder": "prompt_hint", "label": "prompt"},
+        "negative": {"label": "negative", "placeholder": "negative_hint"},
+        "seed": {"label": "seed", "info": "seed_info"},
+        "steps": {"label": "steps"},
+        "size": {"label": "size", "info": "size_info"},
+        "guidance": {"label": "guidance"},
+        "count": {"label": "count"},
+        "strategy": {"label": "strategy"},
+        "compare": {"label": "compare", "info": "compare_info"},
+        "settings": {"label": "settings"},
+        "generate": {"value": "generate"},
+        "stop": {"value": "stop"},
+        "studio": {"label": "studio"},
+        "pool": {"label": "pool"},
+    }
+    return {
+        part: {place: label(language, key) for place, key in places.items()}
+        for part, places in keys.items()
+    }
+
+
+def labels(language: str) -> list[Any]:
+    """Updates of all parts with labels, in the order of `part_labels`."""
+    return [gr.update(**places) for places in part_labels(language).values()]
 
 
 def stage_value(view: JobView) -> dict[str, Any]:
@@ -294,6 +286,13 @@ def _stem(name: str) -> str:
     """File name for a style that people named."""
     words = "".join(char if char.isalnum() else " " for char in name.lower()).split()
     return "-".join(words)[:48]
+
+
+def _language(request: gr.Request) -> str:
+    """The language that was chosen before, or else that the browser prefers."""
+    chosen = (request.cookies or {}).get(LANGUAGE_COOKIE, "")
+    accepted = dict(request.headers or {}).get("accept-language", "")
+    return chosen if chosen in LANGUAGES else language_of(accepted)
 
 
 def _owner(request: gr.Request) -> str:

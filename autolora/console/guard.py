@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from http.cookies import SimpleCookie
+from http.cookies import CookieError, SimpleCookie
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -113,8 +113,11 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # nothing here speaks over web sockets
+            await send({"type": "websocket.close", "code": 1008})
             return
         headers = Headers(scope=scope)
         refusal = self._refusal(scope, headers)
@@ -205,7 +208,7 @@ def _host_name(host: str) -> str:
 def _visit(headers: Headers) -> str | None:
     try:
         cookie = SimpleCookie(headers.get("cookie", "")).get(VISIT_COOKIE)
-    except Exception:
+    except CookieError:
         return None
     return cookie.value if cookie is not None and 16 <= len(cookie.value) <= 64 else None
 

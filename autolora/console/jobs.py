@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -103,7 +102,6 @@ class Job:
     preview: Any = None
     error: str = ""
     results: list[Any] = field(default_factory=list)
-    started: float = 0.0
     _cancelled: bool = False
     _watchers: list[Callable[[], None]] = field(default_factory=list)
 
@@ -313,7 +311,6 @@ class JobQueue:
                     return
                 job = self._running = self._waiting.popleft()
                 job.state, job.done, job.total = "running", 0, 0
-                job.started = job.started or time.monotonic()
             self._tell_all(job)
             state = self._run_task(job)
             with self._changed:
@@ -336,10 +333,7 @@ class JobQueue:
             return "failed"
         except Exception as error:
             _log.exception("Job %d failed", job.id)
-            job.error = (
-                f"Something unexpected went wrong ({type(error).__name__}); "
-                "the server's log has the details."
-            )
+            job.error = unexpected(error)
             return "failed"
         return "waiting" if len(job.results) < len(job.tasks) else "done"
 
@@ -350,3 +344,9 @@ class JobQueue:
             others = self._active()
         for other in {*others, job}:
             other.changed()
+
+
+def unexpected(error: Exception) -> str:
+    """One sentence about an error that nobody thought of; its text may be a secret."""
+    name = type(error).__name__
+    return f"Something unexpected went wrong ({name}); the server's log has the details."

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from autolora.errors import GenerationError, shown
-from autolora.generation.prompts import check_strength
+from autolora.generation.prompts import check_strength, parse_prompt
 from autolora.generation.request import MAX_SEED
 
 MAX_STEPS = 50
@@ -66,7 +66,7 @@ class Selection:
                 for name, value in _strengths(raw.get("strengths")).items()
                 if value is not None
             },
-            top_k=None if top_k is None else _whole("top_k", top_k),
+            top_k=None if top_k is None else whole_number("top_k", top_k),
             use_triggers=raw.get("use_triggers", True) is not False,
         )
 
@@ -122,7 +122,7 @@ class Order:
         """Return the order with its seed chosen where it was to be random."""
         if self.seed != RANDOM_SEED:
             return self
-        return Order(**{**vars(self), "seed": secrets.randbelow(RANDOM_SEEDS)})
+        return replace(self, seed=secrets.randbelow(RANDOM_SEEDS))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -134,16 +134,44 @@ class Order:
         return cls(**{**raw, "selection": Selection.from_dict(raw.get("selection"))})
 
 
+def order_of_report(report: Mapping[str, Any]) -> Order:
+    """Settings that make a picture again, from the report inside it.
+
+    Raises:
+        GenerationError: The report lacks a value, or has one that no order can have.
+    """
+    try:
+        return _order_of_report(report)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise GenerationError("The settings in this picture are not understood.") from error
+
+
+def _order_of_report(report: Mapping[str, Any]) -> Order:
+    adapters = report.get("adapters") or []
+    pinned = {str(used["name"]): used["strength"] for used in adapters}
+    added = any(used.get("triggers") for used in adapters)
+    selection = {"automatic": False, "pinned": pinned, "use_triggers": added}
+    # Tags would fix what the pins leave free; trigger words that were added are added again.
+    typed = parse_prompt(str(report["prompt"])).text
+    return Order(
+        prompt=typed if added else str(report["used_prompt"]),
+        negative_prompt=str(report.get("negative_prompt") or ""),
+        seed=int(report["seed"]),
+        steps=int(report["steps"]),
+        width=int(report["width"]),
+        height=int(report["height"]),
+        guidance=float(report["guidance"]),
+        strategy=str(report["strategy"]),
+        selection=Selection.from_dict(selection),
+    )
+
+
 def whole_number(name: str, value: object) -> int:
     """Read a whole number from a form.
 
     Raises:
         GenerationError: It is none.
     """
-    return _whole(name, value)
-
-
-def _whole(name: str, value: object) -> int:
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or number != int(number):
         raise GenerationError(f"{name} must be a whole number, not {shown(value, 40)}.")

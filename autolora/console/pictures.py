@@ -80,12 +80,11 @@ class PictureStore:
         target = self.folder / time.strftime("%Y-%m-%d") / f"{'-'.join(parts)}.png"
         path = output.save(target, overwrite=False)
         picture = Picture(secrets.token_urlsafe(12), path, label, report.to_dict())
-        gates = getattr(output, "gates", None)
         with self._lock:
             self._known[picture.id] = picture
             _trim(self._known, MAX_KNOWN)
-            if gates is not None:
-                self._gates[picture.id] = gates.to_dict()
+            if output.gates is not None:
+                self._gates[picture.id] = output.gates.to_dict()
                 _trim(self._gates, MAX_GATE_MAPS)
         return picture
 

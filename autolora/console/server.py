@@ -19,7 +19,6 @@ from autolora.console.guard import Access, Guard, is_loopback, loopback_hosts
 from autolora.console.studio import Studio
 from autolora.errors import ConfigError
 
-DEFAULT_PORT = 6006
 MAX_UPLOAD = 8 << 30
 STATIC = Path(__file__).parent / "static"
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}

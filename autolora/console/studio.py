@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,12 @@ from autolora.adapters import Pool
 from autolora.console.cards import Card, Plan, SearchDesk, make_plan
 from autolora.console.catalog import Catalog
 from autolora.console.covers import Covers
-from autolora.console.jobs import Job, JobQueue, JobView, Task
-from autolora.console.orders import Order, Selection
+from autolora.console.jobs import Job, JobCancelled, JobQueue, JobView, Task, unexpected
+from autolora.console.orders import Order, Selection, order_of_report
 from autolora.console.pictures import Picture, PictureStore
 from autolora.console.styles import Style, Styles, shipped_styles
 from autolora.console.visits import Entry, Visits
-from autolora.errors import AutoLoRAError, PoolError
+from autolora.errors import AutoLoRAError, GenerationError, PoolError
 from autolora.generation.request import make_request
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from autolora.pipeline import AutoLoRAPipeline
 
 SYSTEM = "server"
+FUSED = "fused"
 PREVIEW_SIDE = 512
 PREVIEWS = 8
 
@@ -125,6 +127,11 @@ class Studio:
         job = self._indexing
         return f" ({job.done} of {job.total})" if job is not None and job.total else ""
 
+    @property
+    def is_indexing(self) -> bool:
+        """Whether the index is being brought up to date, or about to be."""
+        return self._indexing is not None and not self._indexing.finished
+
     # Pictures
 
     def submit(self, order: Order, owner: str, visit: str = "") -> Job:
@@ -176,9 +183,11 @@ class Studio:
             self.queue.cancel(job)
 
     def indexing(self) -> Job | None:
-        """The job that has to end before anything can be found; None where none has to."""
+        """The job that has to end before anything can be found; None where none helps."""
         if self.desk.ready or self.pool() is None:
             return None
+        if self._failed is not None and self._failed == self.catalog.entries:
+            return None  # it would fail again
         running = self._indexing
         return self.reindex() if running is None or running.finished else running
 
@@ -207,7 +216,7 @@ class Studio:
             return [Task("", partial(draw, order.seed + n)) for n in range(order.count)]
         rivals = [(f"only {card.item.name}", [card]) for card in plan.cards]
         rivals = rivals if len(rivals) > 1 else []
-        groups = [("fused", plan.cards), *rivals, ("no adapters", [])]
+        groups = [(FUSED, plan.cards), *rivals, ("no adapters", [])]
         return [
             Task(label, partial(draw, order.seed, label=label, cards=cards))
             for label, cards in groups
@@ -243,8 +252,11 @@ class Studio:
         _explain(output.report, taking, plan.notes)
         picture = self.pictures.add(output, label)
         if visit:
-            settings = {**order.to_dict(), "seed": seed, "count": 1, "compare": False}
-            self.visits.add(visit, Entry(picture, settings))
+            # What differs from the order in a comparison is known to the picture only.
+            again = replace(order, seed=seed, count=1, compare=False)
+            if label not in ("", FUSED):
+                again = order_of_report(picture.report)
+            self.visits.add(visit, Entry(picture, again.to_dict()))
         return picture
 
     # The pool
@@ -266,21 +278,26 @@ class Studio:
                 return before
             task = Task("index", lambda job: self._index(job, rebuild))
             self._indexing = self.queue.submit(owner, [task], "index")
+            self.problem = ""
             return self._indexing
 
     def _follow_pool(self) -> None:
         """Bring the index up to the pool's files, unless it was tried with the same ones."""
-        idle = self._indexing is None or self._indexing.finished
-        if idle and self.catalog.entries != self._failed:
-            self.reindex()
+        if not self.is_indexing and self.catalog.entries != self._failed:
+            with contextlib.suppress(GenerationError):  # a full queue: the next look tries again
+                self.reindex()
 
     def _index(self, job: Job, rebuild: bool) -> dict[str, Any]:
         try:
             state = self.pipe.index(rebuild, job.progress)
-        except AutoLoRAError as error:
-            self.problem, self._failed = str(error), self.catalog.entries
+        except JobCancelled:
             raise
-        self.problem = ""
+        except Exception as error:
+            known = isinstance(error, AutoLoRAError)
+            self.problem = str(error) if known else unexpected(error)
+            self._failed = self.catalog.entries
+            raise
+        self.problem, self._failed = "", None
         self.desk.use(state)
         self.catalog.refresh()
         return {"loras": state.size, **vars(state.report)}
@@ -346,29 +363,6 @@ def _look(step: int, image: Image) -> Look:
     return Look(step, small)
 
 
-def order_of_report(report: Mapping[str, Any]) -> Order:
-    """Settings that make a picture again, from the report inside it.
-
-    Raises:
-        GenerationError: The report has values that no order can have.
-    """
-    adapters = report.get("adapters") or []
-    pinned = {str(used["name"]): used["strength"] for used in adapters}
-    added = any(used.get("triggers") for used in adapters)
-    selection = {"automatic": False, "pinned": pinned, "use_triggers": added}
-    return Order(
-        prompt=str(report["prompt"] if added else report["used_prompt"]),
-        negative_prompt=str(report.get("negative_prompt") or ""),
-        seed=int(report["seed"]),
-        steps=int(report["steps"]),
-        width=int(report["width"]),
-        height=int(report["height"]),
-        guidance=float(report["guidance"]),
-        strategy=str(report["strategy"]),
-        selection=Selection.from_dict(selection),
-    )
-
-
 def _explain(report: Any, cards: list[Card], notes: list[str]) -> None:
     """Say in a report why adapters were taken that the search had found before the call."""
     found = {card.item.name: card for card in cards}
@@ -378,8 +372,7 @@ def _explain(report: Any, cards: list[Card], notes: list[str]) -> None:
             continue
         if card.hit is not None:
             used.score = round(card.hit.score, 4)
-            if hasattr(used, "channels"):
-                used.channels = {name: round(p, 4) for name, p in card.hit.channels.items()}
+            used.channels = {name: round(p, 4) for name, p in card.hit.channels.items()}
         reasons = {"style": "part of the style", "pinned": "pinned", "prompt": "asked for"}
         found_why = card.hit.why if card.hit is not None else "found"
         used.why = reasons.get(card.source, found_why)

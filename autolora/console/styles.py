@@ -13,9 +13,7 @@ name takes the place of a shipped one.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from autolora.console.files import write_whole
 from autolora.errors import ConfigError, GenerationError, shown
 from autolora.generation.prompts import check_strength
 
@@ -150,11 +149,7 @@ class Styles:
         text = head + yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
         target = self._own / f"{style.name}.yaml"
         try:
-            self._own.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._own, suffix=".part")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, target)
+            write_whole(target, text.encode())
         except OSError as error:
             raise ConfigError(
                 f"{shown(target)} cannot be written: {shown(error.strerror or error)}."

@@ -77,6 +77,12 @@ def test_from_a_prompt_to_a_picture(page, shoot) -> None:
     assert re.search(r"step \d+ of 20", page.locator(".al-stage .al-doing").inner_text())
     shoot(page, "wide-preview")
     page.wait_for_selector(".al-facts [data-seed]")
+    whole = page.evaluate(
+        "() => { const [frame, img] = ['.al-frame', '.al-frame img']"
+        ".map((part) => document.querySelector(part).getBoundingClientRect());"
+        " return img.height <= frame.height && img.width <= frame.width; }"
+    )
+    assert whole, "nothing of the picture is cut off"
     seed = page.locator(".al-facts [data-seed]").get_attribute("data-seed")
     assert int(seed) >= 0, "the random seed is shown"
     page.click(".al-gates summary")
@@ -111,6 +117,8 @@ def test_strength_style_and_history(page, shoot) -> None:
     assert page.locator(".al-chip[data-style='base']").get_attribute("aria-pressed") == "true"
     value = "document.querySelector('.al-card[data-name=elephant] input[type=range]').value"
     page.wait_for_function(f"{value} === '1'")
+    shown = page.locator(".al-frame img").get_attribute("src")
+    assert pixels(shown) == plain, "the picture itself is back, too"
     assert pixels(draw(page)) == plain, "the restored settings draw the same picture"
 
 
@@ -208,6 +216,46 @@ def test_the_pool_page(page, console, shoot, tmp_path: Path) -> None:
     )
 
 
+def test_what_was_typed_outlives_a_reload(page) -> None:
+    settings(page, seed=77, steps=9)
+    page.click(".al-starters .al-tile")
+    word = page.locator("#al-prompt textarea").input_value()
+    assert word, "a picture of the pool puts its word into the prompt"
+    type_prompt(page, "a neon elephant", "neon", "elephant")
+    page.click(".al-card[data-name='neon'] .al-drop")
+    page.wait_for_selector(".al-gone")
+    page.reload()
+    page.wait_for_selector(".al-card[data-name='elephant']")
+    page.wait_for_selector(".al-gone")
+    assert cards(page) == {"elephant"}
+    assert page.locator("#al-prompt textarea").input_value() == "a neon elephant"
+    settings(page)
+    assert page.locator("#al-seed input").input_value() == "77"
+    assert page.locator("#al-steps input[type=number]").input_value() == "9"
+    assert page.locator(".al-toast").count() == 0
+
+
+def test_the_keyboard_is_enough(page) -> None:
+    settings(page, seed=1, steps=2)
+    type_prompt(page, "a small rose", "rose")
+    page.locator("#al-prompt textarea").press("Control+Enter")
+    page.wait_for_selector(".al-facts [data-seed]")
+    page.locator("#al-add").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#al-gallery .al-tile[data-name='dragon']")
+    page.locator("#al-gallery .al-tile[data-name='dragon']").press("Enter")
+    page.wait_for_selector("#al-gallery .al-tile[aria-pressed='true'][data-name='dragon']")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#al-gallery", state="detached")
+    assert page.evaluate("document.activeElement.id") == "al-add", "back where it was opened"
+    for part in page.locator("button:visible, input:visible, select:visible").all():
+        name = part.evaluate(
+            "node => node.ariaLabel || node.innerText || node.labels?.[0]?.innerText"
+            " || node.closest('label')?.innerText || node.placeholder || node.title"
+        )
+        assert name, part.evaluate("node => node.outerHTML")
+
+
 def test_html_in_a_prompt_is_text(page) -> None:
     page.on("dialog", lambda dialog: pytest.fail("a script ran"))
     settings(page, seed=1, steps=1)
@@ -245,6 +293,8 @@ def test_narrow_dark_and_chinese(open_page, shoot) -> None:
     type_prompt(page, "a neon elephant", "neon", "elephant")
     draw(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    why = page.locator(".al-card[data-name='elephant'] .al-why").inner_text()
+    assert re.search("[\u4e00-\u9fff]", why), "reasons are said in Chinese, too"
     assert page.evaluate("document.body.classList.contains('dark')")
     shoot(page, "narrow-dark-zh", full_page=True)
     page.click("#al-language")

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from autolora.adapters import Pool
+from autolora.adapters import Pool, save_lora
 from autolora.console.catalog import Catalog, Item
 from autolora.console.covers import Covers
 from autolora.errors import PoolError
+from tests.conftest import random_factors
 
 
 @pytest.fixture
@@ -51,9 +52,22 @@ def test_pages_are_found_by_words_and_format(catalog: Catalog) -> None:
     assert names(catalog.page(start=1, count=1)) == ["neon"]
 
 
+def test_pages_are_found_by_tag(catalog: Catalog, pool: Path, tiny_shapes) -> None:
+    header = {"modelspec.title": "Violin", "modelspec.tags": "music, wood"}
+    save_lora(pool / "violin.safetensors", random_factors(tiny_shapes, 9), metadata=header)
+    catalog.refresh(wait=True)
+    assert catalog.page().tags == {"music": 1, "wood": 1}
+    assert names(catalog.page(tag="wood")) == ["violin"]
+    assert names(catalog.page("violin", tag="wo")) == []
+
+
 def test_changes_in_the_folder_are_seen(catalog: Catalog, pool: Path) -> None:
     assert catalog.refresh() is False
     before = catalog.item("elephant")
+    (pool / "neon.safetensors").write_bytes((pool / "rocket.safetensors").read_bytes())
+    catalog.refresh(wait=True)
+    assert catalog.item("neon").format == "diffsynth", "a file that changed is read again"
+    assert catalog.item("elephant") is before
     (pool / "rocket.safetensors").rename(pool / "moon rocket.safetensors")
     assert catalog.refresh(wait=True) is True
     assert names(catalog.page()) == ["elephant", "moon rocket", "neon"]
@@ -95,6 +109,44 @@ def test_covers_are_made_small_and_kept(tmp_path: Path) -> None:
     again = Covers(tmp_path / "small")
     assert again.get(item, size=200) == covers.get(item, size=200)
     assert sorted(file.name for file in (tmp_path / "small").iterdir()) == kept
+
+
+def test_covers_stand_upright_and_on_white(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    lying = Image.new("RGB", (40, 20), "blue")
+    turned = lying.getexif()
+    turned[0x0112] = 6  # the camera was turned
+    lying.save(tmp_path / "lying.jpg", exif=turned)
+    item = make_item(tmp_path / "x.safetensors", tmp_path / "clear.png", tmp_path / "lying.jpg")
+    covers = Covers(tmp_path / "small")
+    with Image.open(io.BytesIO(covers.get(item, 0))) as small:
+        assert min(small.convert("RGB").getpixel((20, 20))) > 250
+    with Image.open(io.BytesIO(covers.get(item, 1))) as small:
+        assert small.size == (20, 40)
+
+
+def test_a_cover_with_too_many_bytes_or_pixels_is_refused(tmp_path: Path, monkeypatch) -> None:
+    cover = tmp_path / "x.png"
+    Image.new("RGB", (50, 50), "red").save(cover)
+    item = make_item(tmp_path / "x.safetensors", cover)
+    for limit, message in (("MAX_COVER_BYTES", "too large"), ("MAX_PIXELS", "too many pixels")):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"autolora.console.covers.{limit}", 10)
+            with pytest.raises(PoolError, match=message):
+                Covers(tmp_path / "small").get(item)
+
+
+def test_nothing_half_written_is_left_of_a_cover(tmp_path: Path, monkeypatch) -> None:
+    cover = tmp_path / "x.png"
+    Image.new("RGB", (50, 50), "red").save(cover)
+
+    def full(*_) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", full)
+    assert Covers(tmp_path / "small").get(make_item(tmp_path / "x.safetensors", cover))
+    assert list((tmp_path / "small").iterdir()) == []
 
 
 def test_a_changed_cover_is_made_again(tmp_path: Path) -> None:

@@ -9,10 +9,18 @@ pytest.importorskip("gradio", reason="the console extra is not installed")
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from autolora.console.guard import MAX_FAILURES, Access, Guard, is_loopback, loopback_hosts
+from autolora.console.guard import (
+    MAX_FAILURES,
+    VISIT_COOKIE,
+    Access,
+    Guard,
+    is_loopback,
+    loopback_hosts,
+)
 from autolora.console.server import make_access, open_socket
 from autolora.errors import ConfigError
 
@@ -21,8 +29,14 @@ async def echo(request: Request) -> PlainTextResponse:
     return PlainTextResponse(f"{len(await request.body())} {request.state.visit}")
 
 
+async def welcome(socket: WebSocket) -> None:
+    await socket.accept()
+    await socket.close()
+
+
 def guarded(access: Access, max_upload: int = 4000) -> TestClient:
-    routes = [Route(path, echo, methods=["GET", "POST"]) for path in ("/api/x", "/api/pool")]
+    routes: list = [Route(path, echo, methods=["GET", "POST"]) for path in ("/api/x", "/api/pool")]
+    routes += [WebSocketRoute("/api/socket", welcome)]
     return TestClient(Guard(Starlette(routes=routes), access, max_upload), "http://localhost")
 
 
@@ -48,6 +62,9 @@ def test_a_password_is_asked_for_everywhere() -> None:
 
 def test_guessing_is_slow() -> None:
     client = guarded(Access("", "secret"))
+    for _ in range(2 * MAX_FAILURES):
+        assert client.get("/api/x").status_code == 401, "no guess: a browser before it asks"
+    assert client.get("/api/x", headers=basic("a", "secret")).status_code == 200
     for _ in range(MAX_FAILURES):
         assert client.get("/api/x", headers=basic("a", "guess")).status_code == 401
     answer = client.get("/api/x", headers=basic("a", "secret"))
@@ -75,6 +92,19 @@ def test_bodies_have_a_limit_also_without_a_length() -> None:
         assert answer.status_code == 413 and "at most 1024 kB" in answer.json()["error"]
     assert client.post("/api/pool", content=b"x" * 4000).status_code == 200
     assert client.post("/api/pool", content=b"x" * 4001).status_code == 413
+
+
+def test_web_sockets_are_closed_at_once() -> None:
+    client = guarded(Access("", "secret"))
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/api/socket"):
+        pass
+
+
+@pytest.mark.parametrize("cookie", ["short", "x" * 65, "", 'a"b', "[]=;;"])
+def test_a_cookie_of_another_kind_is_replaced(cookie) -> None:
+    answer = guarded(Access()).get("/api/x", headers={"Cookie": f"{VISIT_COOKIE}={cookie}"})
+    assert VISIT_COOKIE in answer.headers["set-cookie"]
+    assert cookie == "" or cookie not in answer.text
 
 
 def test_visitors_get_a_cookie_once_and_browsers_a_policy() -> None:

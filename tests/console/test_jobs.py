@@ -77,7 +77,11 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_at_its_next_step(q
     running = queue.submit("a", [Task("gate", gate), task("never", log)])
     waiting = queue.submit("b", [task("never", log)])
     assert gate.entered.wait(5)
+    told = threading.Thread(target=queue.wait, args=(waiting, 30))
+    told.start()
     assert queue.cancel(waiting) and queue.view(waiting).state == "cancelled"
+    told.join(5)
+    assert not told.is_alive(), "who waits for it hears of it, though nothing else happens"
     assert queue.cancel(running)
     assert queue.wait(running, 5).state == "cancelled"
     assert queue.wait(queue.submit("c", [task(1)]), 5).results == (1,)
@@ -129,9 +133,22 @@ def test_following_shows_positions_steps_and_the_end(queue) -> None:
         return seen
 
     views = asyncio.run(asyncio.wait_for(follow(), 10))
+    assert job._watchers == [], "nobody is told who does not listen any more"
     assert views[0].state == "waiting" and views[0].position == 1
     assert views[-1].state == "done" and views[-1].results == ("picture",)
     assert queue.view(blocker).state == "done"
+
+
+def test_every_task_begins_at_step_nothing(queue) -> None:
+    seen = []
+
+    def draw(job: Job) -> None:
+        seen.append((job.done, job.total, job.preview))
+        job.progress(3, 4)
+        job.show("preview")
+
+    queue.wait(queue.submit("a", [Task("one", draw), Task("two", draw)]), 5)
+    assert seen == [(0, 0, None)] * 2
 
 
 def test_a_follower_hears_a_pulse_while_nothing_happens(queue) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from autolora.console.models import GenerateRequest
-from autolora.console.orders import Order, Selection, whole_number
+from autolora.console.orders import Order, Selection, order_of_report, whole_number
 from autolora.errors import GenerationError
 
 
@@ -56,6 +56,38 @@ def test_impossible_selections_are_refused(raw, message) -> None:
 
 def test_nothing_and_unknown_keys_are_an_empty_selection() -> None:
     assert Selection.from_dict(None) == Selection.from_dict({"notice": "hello"}) == Selection()
+
+
+REPORT = {"prompt": "p", "used_prompt": "p", "seed": 1, "steps": 2, "width": 64, "height": 64}
+REPORT |= {"guidance": 3, "strategy": "sum"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": math.inf},
+        {"steps": "many"},
+        {"width": None},
+        {"adapters": ["neon"]},
+        {"adapters": [{"name": "neon"}]},
+        {"adapters": {"neon": 1}},
+        {"steps": 51},
+        {"guidance": []},
+    ],
+)
+def test_reports_that_no_order_can_have_are_refused(changes) -> None:
+    assert order_of_report(REPORT).seed == 1
+    with pytest.raises(GenerationError):
+        order_of_report({**REPORT, **changes})
+
+
+@pytest.mark.parametrize("triggers", [[], ["glow"]])
+def test_tags_of_a_report_come_back_as_pins(triggers) -> None:
+    typed = {"prompt": "a cat <lora:neon:0.8>", "used_prompt": ", ".join(["a cat", *triggers])}
+    used = {"name": "neon", "strength": 0.8, "triggers": triggers}
+    order = order_of_report({**REPORT, **typed, "adapters": [used]})
+    assert order.prompt == "a cat" and order.selection.pinned == {"neon": 0.8}
+    assert order.selection.use_triggers is bool(triggers) and not order.selection.automatic
 
 
 @pytest.mark.parametrize("value", [None, "7", True, 1.5, math.nan])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 
-from autolora.console.forms import VALUES, Forms
+from autolora.console.forms import VALUES, Forms, part_labels
 from autolora.console.guard import VISIT_COOKIE
 from autolora.console.labels import LABELS, LANGUAGES, label, language_of
 from autolora.console.server import STATIC, make_app
@@ -111,7 +111,9 @@ def test_settings_come_back_into_the_form(forms: Forms) -> None:
     run(forms, *values(desk=desk, negative="grey", size="64x80", count=2, seed=9))
     entries = forms.studio.visits.entries("visitor-visitor-x")
     event = SimpleNamespace(_data={"picture": entries[0].picture.id})
-    *form, _ = forms.restore(event, request())
+    *form, stage = forms.restore(event, request())
+    assert stage["state"] == "notice" and not stage["error"]
+    assert stage["picture"]["id"] == entries[0].picture.id, "the picture is shown again, too"
     restored = dict(zip(VALUES, form, strict=True))
     assert restored["seed"] == 10 and restored["count"] == 1 and restored["size"] == "64x80"
     assert restored["negative"] == "grey"
@@ -150,12 +152,13 @@ def test_a_style_is_saved_under_a_name_made_from_its_title(forms: Forms) -> None
     desk = {"pinned": {"rocket": 0.5}, "automatic": False, "save_as": "Ink & Über 墨!"}
     value = forms.save_style("", "sum", desk)
     assert value["style"] == "ink-über-墨" and value["pinned"] == {}
+    assert value["saved"] == "Ink & Über 墨!"
     style = forms.studio.styles.get("ink-über-墨")
     assert style.adapters == (("rocket", 0.5),) and style.strategy == "sum"
     assert style.title["zh"] == "Ink & Über 墨!"
     for name in ("", "../..", "Ink & Über 墨!"):
         refused = forms.save_style("", "", {**desk, "save_as": name})
-        assert refused["notice"] and refused["pinned"] == {"rocket": 0.5}
+        assert refused["problem"] and refused["pinned"] == {"rocket": 0.5}
 
 
 def test_sizes_keep_the_number_of_pixels(forms: Forms) -> None:
@@ -182,6 +185,16 @@ def test_scripts_only_use_labels_that_exist() -> None:
     assert used and used <= set(LABELS["en"])
 
 
+def test_no_label_is_left_over() -> None:
+    files = [*STATIC.glob("*.js"), STATIC.parent / "forms.py", STATIC.parent / "page.py"]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    built = {f"{kind}_{name}" for kind, name in re.findall(r"`(from|channel)_\$\{(\w+)", text)}
+    assert built == {"from_card", "channel_name"}, "labels whose names are put together"
+    for key in LABELS["en"]:
+        put_together = key.startswith(("from_", "channel_"))
+        assert put_together or re.search(rf"[\"'`]{key}[\"'`]", text), key
+
+
 def test_the_page_asks_nobody_else_for_anything(studio) -> None:
     with TestClient(make_app(studio)) as client:
         page = client.get("/")
@@ -202,12 +215,25 @@ def test_the_page_asks_nobody_else_for_anything(studio) -> None:
 @pytest.mark.parametrize("language", list(LANGUAGES))
 def test_labels_come_in_every_language(forms: Forms, language) -> None:
     event = SimpleNamespace(language=language)
-    updates = forms.relabel(event)
-    assert updates[10]["value"] == label(language, "generate")
-    strategies = [value for _, value in updates[7]["choices"]]
-    assert strategies[0] == "" and {"gated", "sum"} <= set(strategies)
-    broken = SimpleNamespace(session_hash="t", cookies={"autolora_language": "<x>"}, headers={})
-    assert forms.first_labels(broken)[10]["value"] == label("en", "generate")
+    *updates, strategies = forms.relabel(event)
+    said = dict(zip(part_labels(language), updates, strict=True))
+    assert said["generate"]["value"] == label(language, "generate")
+    assert said["prompt"]["placeholder"] == label(language, "prompt_hint")
+    assert strategies["choices"][0] == (label(language, "by_style"), "")
+    assert {("gated", "gated"), ("sum", "sum")} <= set(strategies["choices"])
+
+
+@pytest.mark.parametrize(
+    ("cookie", "accepted", "language"),
+    [("", "zh-CN,zh", "zh"), ("en", "zh", "en"), ("zh", "en", "zh"), ("<x>", "fr", "en")],
+)
+def test_the_chosen_language_comes_before_the_browsers(forms, cookie, accepted, language) -> None:
+    asked = SimpleNamespace(
+        cookies={"autolora_language": cookie}, headers={"accept-language": accepted}
+    )
+    said = dict(zip(part_labels(language), forms.first_labels(asked), strict=True))
+    assert said["stop"]["value"] == label(language, "stop")
+    assert forms.first_strategies(asked)["choices"][0] == (label(language, "by_style"), "")
 
 
 def test_orders_that_cannot_be_are_not_orders(forms: Forms) -> None:

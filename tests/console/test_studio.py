@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autolora.console.orders import Order, Selection
-from autolora.console.studio import Studio, order_of_report
-from autolora.console.visits import MAX_ENTRIES, Entry, Visits
-from autolora.errors import AutoLoRAError, ConfigError, GenerationError, PoolError
+from autolora.console.jobs import JobQueue
+from autolora.console.orders import Order, Selection, order_of_report
+from autolora.console.studio import Studio
+from autolora.console.visits import MAX_ENTRIES, MAX_VISITS, Entry, Visits
+from autolora.errors import (
+    AutoLoRAError,
+    ConfigError,
+    GenerationError,
+    PoolError,
+    RetrievalError,
+)
 from autolora.generation.report import read_report
+from autolora.retrieval import Hit
 
 
 def draw(studio: Studio, order: Order, visit: str = ""):
@@ -47,6 +55,21 @@ def test_cards_can_be_pinned_dropped_and_set(studio: Studio) -> None:
     assert cards(studio.plan("a neon elephant", alone)) == [("rocket", 1.0, "pinned")]
     assert cards(studio.plan("a neon elephant", Selection(top_k=0))) == []
     assert cards(studio.plan("", alone)) == [("rocket", 1.0, "pinned")]
+
+
+def test_better_cards_come_first_and_dropped_ones_are_asked_for_too(studio, monkeypatch) -> None:
+    asked = []
+
+    def choose(searcher, prompt, k, taken):
+        asked.append(k)
+        return [Hit("elephant", 0.6, "x"), Hit("rocket", 0.9, "x"), Hit("neon", 0.9001, "x")][:k]
+
+    monkeypatch.setattr("autolora.retrieval.choose", choose)
+    plan = studio.plan("a thing", Selection(top_k=3))
+    assert [card.item.name for card in plan.cards] == ["neon", "rocket", "elephant"]
+    plan = studio.plan("a thing", Selection(top_k=2, dropped=("elephant",)))
+    assert [card.item.name for card in plan.cards] == ["neon", "rocket"]
+    assert asked == [3, 3], "one more than is wanted, as one will be passed over"
 
 
 def test_tags_in_the_prompt_are_cards_too(studio: Studio) -> None:
@@ -109,7 +132,7 @@ def test_strength_zero_is_silence(studio: Studio) -> None:
 
 
 def test_a_comparison_changes_nothing_but_the_adapters(studio: Studio) -> None:
-    pictures = draw(studio, Order("a neon elephant", seed=3, compare=True, count=5))
+    pictures = draw(studio, Order("a neon elephant", seed=3, compare=True, count=5), "ann")
     labels = {picture.label for picture in pictures}
     assert labels == {"fused", "only neon", "only elephant", "no adapters"}
     assert pictures[0].label == "fused" and pictures[-1].label == "no adapters"
@@ -118,6 +141,10 @@ def test_a_comparison_changes_nothing_but_the_adapters(studio: Studio) -> None:
     assert "elphnt animal" in pictures[-1].report["used_prompt"]
     assert [len(picture.report["adapters"]) for picture in pictures] == [2, 1, 1, 0]
     assert len({pixels(picture) for picture in pictures}) == 4
+    entries = {e.picture.label: e for e in studio.visits.entries("ann")}
+    for picture in pictures:
+        again = Order.from_dict(entries[picture.label].order)
+        assert pixels(draw(studio, again)[0]) == pixels(picture), picture.label
     one = draw(studio, Order("an elephant", seed=3, compare=True))
     assert [picture.label for picture in one] == ["fused", "no adapters"]
 
@@ -218,6 +245,11 @@ def test_histories_are_limited(studio: Studio) -> None:
         visits.add("ann", Entry(picture, {"prompt": str(number)}))
     assert len(visits.entries("ann")) == MAX_ENTRIES
     assert visits.entries("ann")[0].order["prompt"] == str(MAX_ENTRIES + 4)
+    for number in range(MAX_VISITS - 1):
+        visits.add(f"visitor {number}", Entry(picture, {"prompt": "x"}))
+    assert visits.entries("ann"), "as many visitors as are remembered"
+    visits.add("one more", Entry(picture, {"prompt": "x"}))
+    assert visits.entries("ann") == [] and visits.entries("one more")
 
 
 def test_pictures_are_found_by_id_only_while_they_are_there(studio: Studio) -> None:
@@ -242,6 +274,40 @@ def test_a_console_without_a_pool_says_so_and_still_draws(shared_pipe, tmp_path)
     while studio.queue.active():
         studio.queue.wait(studio.queue.active()[0], 60)
     assert "does not exist" in studio.problem
+    studio.queue.close()
+
+
+@pytest.mark.parametrize("error", [RetrievalError("No room."), ZeroDivisionError("secret")])
+def test_an_index_that_cannot_be_built_is_tried_once_and_says_why(
+    shared_pipe, tmp_path, monkeypatch, error
+) -> None:
+    tries = []
+
+    def fail(*_) -> None:
+        tries.append(1)
+        raise error
+
+    studio = Studio(shared_pipe, tmp_path / "outputs")
+    monkeypatch.setattr(shared_pipe, "index", fail)
+    monkeypatch.setattr("autolora.console.cards.POOL_LOOK", 0.0)
+    assert studio.plan("a neon elephant").notes == ["The index of the pool is being built."]
+    studio.queue.wait(studio._indexing, 10)
+    for _ in range(3):
+        assert draw(studio, Order("a neon elephant", seed=1))[0].report["adapters"] == []
+        assert studio.indexing() is None, "it would fail again"
+    assert len(tries) == 1
+    note = studio.plan("a neon elephant").notes[0]
+    assert "secret" not in note and ("No room." in note or "ZeroDivisionError" in note)
+    studio.queue.close()
+
+
+def test_typing_goes_on_while_the_queue_is_full(shared_pipe, tmp_path) -> None:
+    go = threading.Event()
+    studio = Studio(shared_pipe, tmp_path / "outputs", queue=JobQueue(max_waiting=1))
+    blocker = studio.queue.submit("z", [_waiting(go)])
+    assert studio.plan("a neon elephant").cards == []
+    go.set()
+    studio.queue.wait(blocker, 10)
     studio.queue.close()
 
 

@@ -31,8 +31,11 @@ def test_a_changed_file_is_seen_at_once(tmp_path: Path) -> None:
     assert styles.get("ink").fill("a cat") == "a cat, ink"
     write(tmp_path / "own", "ink", "prompt: '{prompt} in blue ink, with much water'\n")
     assert styles.get("ink").fill("a cat") == "a cat in blue ink, with much water"
+    write(tmp_path / "own", "a-wash", "prompt: much water\n")
+    assert styles.get("a-wash").fill("a cat") == "a cat, much water"
+    assert [style.name for style in styles.all()] == ["base", "a-wash", "ink"]
     (tmp_path / "own" / "ink.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"no style 'ink'; choose base"):
+    with pytest.raises(ConfigError, match=r"no style 'ink'; choose a-wash, base"):
         styles.get("ink")
 
 
@@ -75,6 +78,16 @@ def test_saving_and_reading_back(tmp_path: Path) -> None:
         styles.save(style)
     styles.save(Style("ink", title), overwrite=True)
     assert styles.get("ink").adapters == ()
+
+
+def test_nothing_half_written_is_left_of_a_style(tmp_path: Path, monkeypatch) -> None:
+    def full(*_) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Styles([], tmp_path / "own").save(Style("ink"))
+    assert list((tmp_path / "own").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "../ink", "a/b", ".ink", "a b", "x" * 60, "base", "a\x00b"])

@@ -16,7 +16,7 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-const labels = { all: { en: {} }, language: "en" };
+const labels = { all: { en: {} }, phrases: {}, language: "en" };
 const listeners = new Map();
 
 export function on(name, listener) {
@@ -28,8 +28,11 @@ export function emit(name, data) {
   for (const listener of listeners.get(name) ?? []) listener(data);
 }
 
-export function setLabels(all) {
+export function setLabels(all, phrases) {
   labels.all = all;
+  for (const [language, pairs] of Object.entries(phrases)) {
+    labels.phrases[language] = pairs.map(([pattern, said]) => [new RegExp(pattern), said]);
+  }
   setLanguage(cookie("autolora_language") || (navigator.language.startsWith("zh") ? "zh" : "en"));
 }
 
@@ -44,6 +47,22 @@ export const language = () => labels.language;
 export function t(key, values = {}) {
   const text = labels.all[labels.language]?.[key] ?? labels.all.en[key] ?? key;
   return text.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
+}
+
+// A sentence of the program in the language of the page; as it is where it is not known.
+export function say(sentence) {
+  for (const [pattern, said] of labels.phrases[labels.language] ?? []) {
+    const found = pattern.exec(sentence);
+    if (found) return said.replace(/\{(\d+)\}/g, (whole, group) => say(found[Number(group) + 1]));
+  }
+  return sentence;
+}
+
+// What a picture of a comparison shows.
+export function caption(label) {
+  if (label === "fused") return t("fused");
+  if (label === "no adapters") return t("no_adapters");
+  return label.startsWith("only ") ? `${t("only")} ${label.slice(5)}` : label;
 }
 
 export function cookie(name) {
@@ -103,10 +122,14 @@ export function toast(text, kind = "problem") {
     box = el("div", { id: "al-toasts", role: "status", "aria-live": "polite" });
     document.body.append(box);
   }
-  const note = el("div", { class: `al-toast ${kind}` }, el("span", {}, text));
-  note.append(el("button", { class: "al-plain", title: t("close"), onclick: () => note.remove() }, "×"));
+  const note = el("div", { class: `al-toast ${kind}`, role: kind === "problem" ? "alert" : null }, el("span", {}, text));
+  note.append(closeButton(() => note.remove()));
   box.append(note);
   setTimeout(() => note.remove(), kind === "problem" ? 12000 : 5000);
+}
+
+export function closeButton(onclick, name = t("close")) {
+  return el("button", { type: "button", class: "al-plain", title: name, "aria-label": name, onclick }, icon("drop"));
 }
 
 const ICONS = {
@@ -115,7 +138,7 @@ const ICONS = {
   plus: "M12 5v14M5 12h14",
   seed: "M4 12a8 8 0 0 1 14-5l2 2M20 4v5h-5M20 12a8 8 0 0 1-14 5l-2-2M4 20v-5h5",
   save: "M12 4v11M7 11l5 5 5-5M5 20h14",
-  sun: "M12 7a5 5 0 1 0 0 10 5 5 0 0 0 0-10M12 2v2M12 20v2M2 12h2M20 12h2M5 5l1.5 1.5M17.500 17.500L19 19M5 19l1.500-1.500M17.500 6.500L19 5",
+  sun: "M12 7a5 5 0 1 0 0 10 5 5 0 0 0 0-10M12 2v2M12 20v2M2 12h2M20 12h2M5 5l1.5 1.5M17.5 17.5L19 19M5 19l1.5-1.5M17.5 6.5L19 5",
   language: "M12 3a9 9 0 1 0 0 18 9 9 0 0 0 0-18M3 12h18M12 3c3 3 3 15 0 18M12 3c-3 3-3 15 0 18",
 };
 
@@ -144,8 +167,7 @@ export function cover(item, size, props = {}) {
 function letter(item, props) {
   let hue = 0;
   for (const char of item.name) hue = (hue * 31 + char.codePointAt(0)) % 360;
-  const style = { "--hue": hue };
-  const node = el("div", { class: "al-letter", ...props }, [...(item.title || item.name)][0].toUpperCase());
-  Object.entries(style).forEach(([key, value]) => node.style.setProperty(key, value));
+  const node = el("div", { class: "al-letter", "aria-hidden": "true", ...props }, [...(item.title || item.name)][0].toUpperCase());
+  node.style.setProperty("--hue", hue);
   return node;
 }

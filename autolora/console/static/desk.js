@@ -1,9 +1,10 @@
 // Styles, and the adapters that the picture would take: found while the prompt is typed.
 
-import { cover, debounce, el, getJson, icon, language, on, postJson, t, toast } from "./core.js";
+import { closeButton, cover, debounce, el, getJson, icon, language, on, postJson, say, t, toast } from "./core.js";
 import { openGallery } from "./gallery.js";
 
 const DEBOUNCE = 30;
+const PATIENCE = 1500; // milliseconds between two questions while the server is not ready
 let askAgain = () => {};
 
 export const refresh = () => askAgain();
@@ -12,7 +13,7 @@ const promptText = () => document.querySelector("#al-prompt textarea")?.value ??
 
 export function desk({ element, props, trigger, watch }) {
   const root = element.firstElementChild;
-  const state = { plan: { cards: [], notes: [] }, styles: [], asked: 0, cards: new Map(), naming: false };
+  const state = { plan: { cards: [], notes: [], ready: true }, styles: [], asked: 0, cards: new Map(), naming: false };
   const parts = {
     styles: el("div", { class: "al-styles", role: "group" }),
     head: el("div", { class: "al-head" }),
@@ -23,7 +24,7 @@ export function desk({ element, props, trigger, watch }) {
 
   const selection = () => props.value ?? {};
   const change = (changes, ask = true) => {
-    props.value = { ...selection(), notice: "", ...changes };
+    props.value = { ...selection(), saved: "", problem: "", ...changes };
     if (ask) askAgain();
   };
 
@@ -33,15 +34,15 @@ export function desk({ element, props, trigger, watch }) {
     try {
       const plan = await postJson("cards", { prompt, selection: selection() });
       if (number !== state.asked) return;
-      state.plan = plan;
-      state.problem = "";
+      Object.assign(state, { plan, problem: "" });
     } catch (error) {
       if (number !== state.asked) return;
       state.problem = error.message;
     }
     state.prompt = prompt;
     drawCards();
-    if (state.plan.ready === false) setTimeout(askAgain, 1500);
+    clearTimeout(state.later);
+    if (!state.problem && !state.plan.ready) state.later = setTimeout(askAgain, PATIENCE);
   }
   askAgain = debounce(ask, DEBOUNCE);
 
@@ -51,6 +52,7 @@ export function desk({ element, props, trigger, watch }) {
   }
 
   function drawStyles() {
+    parts.styles.setAttribute("aria-label", t("style"));
     const current = selection().style || "base";
     const usable = (style) => style.saved || style.problem || style.name === current || !style.adapters.length || style.missing.length < style.adapters.length;
     const buttons = state.styles.filter(usable).map((style) => {
@@ -65,7 +67,7 @@ export function desk({ element, props, trigger, watch }) {
           class: "al-chip",
           "aria-pressed": String(style.name === current),
           disabled: Boolean(bad),
-          title: bad || missing || title,
+          title: say(bad || missing || title),
           data: { style: style.name },
           onclick: () => {
             change({ style: style.name === "base" ? "" : style.name, dropped: [], strengths: {} });
@@ -93,6 +95,7 @@ export function desk({ element, props, trigger, watch }) {
     const close = () => {
       state.naming = false;
       drawStyles();
+      parts.styles.querySelector("#al-save-style").focus();
     };
     const save = (event) => {
       event.preventDefault();
@@ -103,10 +106,10 @@ export function desk({ element, props, trigger, watch }) {
     };
     return el(
       "form",
-      { class: "al-chip naming", onsubmit: save },
+      { class: "al-chip naming", onsubmit: save, onkeydown: (event) => event.key === "Escape" && close() },
       input,
       el("button", { type: "submit" }, t("save")),
-      el("button", { type: "button", class: "al-plain", title: t("cancel"), onclick: close }, "×"),
+      closeButton(close, t("cancel")),
     );
   }
 
@@ -156,22 +159,28 @@ export function desk({ element, props, trigger, watch }) {
   function drawFoot() {
     const dropped = (selection().dropped ?? []).map((name) => {
       const back = () => change({ dropped: selection().dropped.filter((other) => other !== name) });
-      return el("button", { class: "al-gone", title: t("bring_back"), onclick: back }, name);
+      const title = t("bring_back", { name });
+      return el("button", { class: "al-gone", title, "aria-label": title, onclick: back }, name);
     });
-    const empty = state.prompt?.trim() ? t("nothing_fits") : t("no_prompt");
-    const hint = state.plan.cards.length || state.problem ? "" : empty;
+    const hint = state.plan.cards.length || state.problem ? "" : emptyHint();
     parts.foot.replaceChildren(
-      ...(state.problem ? [el("p", { class: "al-problem" }, state.problem)] : []),
+      ...(state.problem ? [el("p", { class: "al-problem", role: "alert" }, say(state.problem))] : []),
+      ...(state.problem ? [] : state.plan.notes.map((note) => el("p", { class: "al-hint" }, say(note)))),
       ...(hint ? [el("p", { class: "al-hint" }, hint)] : []),
-      ...(state.plan.notes ?? []).map((note) => el("p", { class: "al-hint" }, note)),
-      ...dropped,
+      ...(dropped.length ? [el("span", { class: "al-hint" }, t("left_out")), ...dropped] : []),
     );
   }
 
+  function emptyHint() {
+    if (state.plan.indexing) return ""; // a note says so, and Generate waits for it
+    if (!state.plan.ready) return t("draws_alone");
+    return state.prompt?.trim() ? t("nothing_fits") : t("no_prompt");
+  }
+
   function makeCard(name) {
-    const slider = el("input", { type: "range", step: 0.05, "aria-label": t("strength") });
-    const number = el("input", { type: "number", step: 0.05, min: -10, max: 10, "aria-label": t("strength") });
-    const node = el("article", { class: "al-card", data: { name } });
+    const slider = el("input", { type: "range", step: 0.05 });
+    const number = el("input", { type: "number", step: 0.05, min: -10, max: 10 });
+    const node = el("article", { class: "al-card", data: { name }, "aria-label": name });
     node.parts = {
       slider,
       number,
@@ -219,25 +228,33 @@ export function desk({ element, props, trigger, watch }) {
     node.classList.toggle("silent", card.strength === 0);
     p.title.textContent = card.title;
     p.title.title = card.name;
+    for (const part of [p.slider, p.number]) part.setAttribute("aria-label", t("strength_of", { name: card.title }));
     const pinned = card.source === "pinned";
     // What was named by a person needs no reason; that it fits the prompt, too, is worth saying.
     const fits = card.score !== null && (card.source === "found" || card.score >= 0.5);
     const origin = card.source === "found" ? "" : t(`from_${card.source}`);
-    p.why.textContent = [origin, fits ? card.why : ""].filter(Boolean).join(" · ");
-    p.triggers.textContent = card.triggers.length ? `${t("triggers")}: ${card.triggers.slice(0, 4).join(", ")}` : "";
+    p.why.textContent = [origin, fits ? say(card.why) : ""].filter(Boolean).join(" · ");
+    p.why.title = p.why.textContent;
+    p.triggers.textContent = card.triggers.length ? t("triggers_are", { words: card.triggers.slice(0, 4).join(", ") }) : "";
     p.score.textContent = !fits ? "" : `${Math.round(card.score * 100)} %`;
     p.score.title = t("score");
     p.channels.replaceChildren(...Object.entries(fits ? card.channels : {}).map(([name, value]) => channel(name, value)));
     p.pin.setAttribute("aria-pressed", String(pinned));
-    p.pin.title = t(pinned ? "unpin" : "pin");
-    p.drop.title = t("drop");
+    name(p.pin, t(pinned ? "unpin" : "pin"));
+    name(p.drop, t("drop"));
     p.pin.hidden = p.drop.hidden = card.source === "prompt";
+  }
+
+  function name(button, text) {
+    button.title = text;
+    button.setAttribute("aria-label", `${text} (${button.closest("article").dataset.name})`);
   }
 
   function channel(name, value) {
     const bar = el("i");
     bar.style.width = `${Math.round(value * 100)}%`;
-    return el("span", { class: `al-channel ${name}`, title: `${t(`channel_${name}`)} ${value.toFixed(2)}` }, t(`channel_${name}`), el("b", {}, bar));
+    const said = `${t(`channel_${name}`)} ${value.toFixed(2)}`;
+    return el("span", { class: `al-channel ${name}`, role: "img", "aria-label": said, title: said }, t(`channel_${name}`), el("b", {}, bar));
   }
 
   function pin(name, strength) {
@@ -263,13 +280,19 @@ export function desk({ element, props, trigger, watch }) {
   }
 
   watch("value", () => {
-    if (selection().notice) toast(selection().notice, "info");
+    const { saved, problem } = selection();
+    if (saved) toast(t("saved_style", { name: saved }), "info");
+    if (problem) toast(say(problem));
     loadStyles();
     drawHead();
     askAgain();
   });
   on("language", drawAll);
   on("pool", () => { loadStyles(); askAgain(); });
+  on("use", (item) => {
+    const { pinned = {}, dropped = [] } = selection();
+    change({ pinned: { ...pinned, [item.name]: item.strength }, dropped: dropped.filter((name) => name !== item.name) });
+  });
   document.addEventListener("input", (event) => {
     if (event.target.closest?.("#al-prompt")) askAgain();
   });

@@ -1,18 +1,18 @@
 // The pool as a grid that loads page by page, in a dialog or as a part of a page.
 
-import { cover, debounce, el, getJson, t } from "./core.js";
+import { closeButton, cover, debounce, el, getJson, say, t } from "./core.js";
 
 const PAGE = 60;
 
 export function browser(pick, chosen = () => new Set()) {
   const state = { start: 0, total: 0, number: 0, busy: false, tag: "", format: "" };
   const search = el("input", { type: "search", placeholder: t("search_pool"), "aria-label": t("search_pool") });
-  const tags = el("select", { "aria-label": t("all_tags") });
-  const formats = el("select", { "aria-label": t("all_formats") });
+  const tags = el("select", { "aria-label": t("all_tags"), hidden: true });
+  const formats = el("select", { "aria-label": t("all_formats"), hidden: true });
   const grid = el("div", { class: "al-grid" });
   const count = el("span", { class: "al-count" });
   const end = el("div", { class: "al-end" });
-  const problem = el("p", { class: "al-problem" });
+  const problem = el("p", { class: "al-problem", role: "status" });
   const node = el("div", { class: "al-browser" }, el("div", { class: "al-filters" }, search, tags, formats, count), problem, grid, end);
 
   async function load(fresh) {
@@ -35,9 +35,14 @@ export function browser(pick, chosen = () => new Set()) {
       }
       grid.append(...page.items.map(tile));
       count.textContent = t("shown_of", { n: page.total, m: page.pool });
+      if (!page.total) problem.textContent = t("nothing_found");
+      problem.className = "al-hint";
       if (page.reading) setTimeout(() => state.start <= PAGE && load(true), 1500);
     } catch (error) {
-      problem.textContent = error.message;
+      if (number !== state.number) return;
+      problem.textContent = say(error.message);
+      problem.className = "al-problem";
+      if (fresh) grid.replaceChildren();
     } finally {
       if (number === state.number) state.busy = false;
     }
@@ -57,7 +62,7 @@ export function browser(pick, chosen = () => new Set()) {
       { class: "al-tile", "aria-pressed": String(chosen().has(item.name)), title: item.name, data: { name: item.name } },
       cover(item, 256),
       el("span", { class: "al-name" }, item.title),
-      item.problem ? el("span", { class: "al-bad", title: item.problem }, "!") : null,
+      item.problem ? el("span", { class: "al-bad", title: say(item.problem) }, "!") : null,
     );
     button.addEventListener("click", async () => {
       await pick(item, button);
@@ -78,10 +83,8 @@ export function openGallery(chosen, pick) {
   const { node, search } = browser(pick, chosen);
   const dialog = el("dialog", { class: "al-dialog", id: "al-gallery" });
   const close = () => dialog.close();
-  dialog.append(
-    el("header", {}, el("h3", {}, t("add")), el("button", { class: "al-plain", title: t("close"), onclick: close }, "×")),
-    node,
-  );
+  dialog.setAttribute("aria-label", t("add"));
+  dialog.append(el("header", {}, el("h3", {}, t("add")), closeButton(close)), node);
   dialog.addEventListener("close", () => dialog.remove());
   dialog.addEventListener("click", (event) => event.target === dialog && close());
   document.body.append(dialog);

@@ -4,11 +4,13 @@ import { el, t } from "./core.js";
 
 const SPAN = 0.4; // shortest range that the colours stand for, so that noise stays grey
 
-export function heatmap(gates) {
+export function heatmap(gates, order) {
   const range = rangeOf(gates);
   const readout = el("p", { class: "al-readout" }, " ");
-  const maps = Object.entries(gates.adapters).map(([name, rows]) => one(name, rows, gates, range, readout));
-  return el("div", { class: "al-heat" }, el("div", { class: "al-maps" }, ...maps), el("div", { class: "al-scale" }, range[0].toFixed(1), el("i"), range[1].toFixed(1)), readout);
+  const names = Object.keys(gates.adapters).sort((a, b) => order.indexOf(a) - order.indexOf(b));
+  const maps = names.map((name) => one(name, gates.adapters[name], gates, range, readout));
+  const scale = el("div", { class: "al-scale" }, range[0].toFixed(1), el("i"), range[1].toFixed(1), readout);
+  return el("div", { class: "al-heat" }, el("div", { class: "al-maps" }, ...maps), scale);
 }
 
 // One range for all adapters; a gate counts 1 where the plain sum lets everything through.
@@ -21,7 +23,10 @@ function rangeOf(gates) {
 }
 
 function one(name, rows, gates, range, readout) {
-  const canvas = el("canvas", { width: gates.steps, height: gates.layers.length, role: "img", "aria-label": name });
+  const known = rows.flat().filter((value) => value !== null);
+  const mean = known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : 0;
+  const said = t("gate_mean", { value: mean.toFixed(2) });
+  const canvas = el("canvas", { width: gates.steps, height: gates.layers.length, role: "img", "aria-label": `${name}, ${said}` });
   const context = canvas.getContext("2d");
   const image = context.createImageData(gates.steps, gates.layers.length);
   rows.forEach((row, y) => {
@@ -30,15 +35,16 @@ function one(name, rows, gates, range, readout) {
     }
   });
   context.putImageData(image, 0, 0);
-  canvas.addEventListener("mousemove", (event) => {
+  canvas.addEventListener("pointermove", (event) => {
     const box = canvas.getBoundingClientRect();
     const x = Math.min(gates.steps - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * gates.steps)));
     const y = Math.min(gates.layers.length - 1, Math.max(0, Math.floor(((event.clientY - box.top) / box.height) * gates.layers.length)));
     const value = rows[y]?.[x];
     readout.textContent = `${name} · ${gates.layers[y]} · ${t("step")} ${x + 1}: ${value === undefined ? "–" : value.toFixed(2)}`;
   });
-  canvas.addEventListener("mouseleave", () => (readout.textContent = " "));
-  return el("figure", {}, el("figcaption", {}, name), canvas);
+  canvas.addEventListener("pointerleave", () => (readout.textContent = " "));
+  return el("figure", {}, el("figcaption", {}, el("strong", {}, name), ` ${said}`), canvas,
+    el("div", { class: "al-axis" }, el("span", {}, `${t("step")} 1`), el("span", {}, String(gates.steps))));
 }
 
 // From night to flame; even steps in lightness, so that it reads in grey as well.

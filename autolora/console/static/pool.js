@@ -1,6 +1,6 @@
 // The pool's page: add files, check them, bring the index up to date, look around.
 
-import { cover, el, emit, getJson, lines, namePath, on, t, toast, url } from "./core.js";
+import { closeButton, cover, el, emit, getJson, icon, lines, namePath, on, say, t, toast, url } from "./core.js";
 import { browser } from "./gallery.js";
 
 export function pool({ element }) {
@@ -37,7 +37,7 @@ export function pool({ element }) {
     status.replaceChildren(el("p", { class: "al-doing" }, text), el("div", { class: "al-bar" }, bar));
   }
 
-  function say(status, text, problem = false) {
+  function tell(status, text, problem = false) {
     status.append(el("p", { class: problem ? "al-problem" : "al-doing" }, text));
   }
 
@@ -49,14 +49,14 @@ export function pool({ element }) {
       try {
         const answer = await upload(file, (part) => progress(status, file.name, part));
         status.replaceChildren();
-        say(status, [t("uploaded", { name: answer.name }), ...answer.notes].join(" "));
+        tell(status, [t("uploaded", { name: answer.name }), ...answer.notes.map(say)].join(" "));
         added += 1;
       } catch (error) {
-        problems.push(error.message);
+        problems.push(say(error.message));
       }
     }
     if (problems.length) status.replaceChildren(...(added ? status.children : []));
-    problems.forEach((problem) => say(status, problem, true));
+    problems.forEach((problem) => tell(status, problem, true));
     if (added) {
       grid.reload();
       await index(status, false, true);
@@ -87,26 +87,28 @@ export function pool({ element }) {
         if (!row.result) progress(own, `${t("indexing")} ${row.total ? `${row.done}/${row.total}` : ""}`, row.total ? row.done / row.total : 0);
         else {
           own.replaceChildren();
-          say(own, t("indexed", { n: row.result.loras }));
-          Object.values(row.result.left_out).forEach((why) => say(own, `${t("index_left_out")} ${why}`, true));
+          tell(own, t("indexed", { n: row.result.loras }));
+          Object.values(row.result.left_out).forEach((why) => tell(own, `${t("index_left_out")} ${why}`, true));
         }
       });
       emit("pool");
       grid.reload();
     } catch (error) {
       own.replaceChildren();
-      say(own, error.message, true);
+      tell(own, say(error.message), true);
     }
   }
 
   async function check(status, rows) {
-    const table = el("table", {}, el("tr", {}, ...["file", "format", "layers", "rank", "dropped_keys", "problem"].map((key) => el("th", {}, t(key)))));
+    const table = el("table", {}, el("tr", {}, ...["file", "format", "layers", "rank", "dropped_keys", "problem"].map((key) => el("th", { scope: "col" }, t(key)))));
     rows.replaceChildren(table);
     let problems = 0;
+    let files = 0;
     try {
       await lines("check", {}, (row) => {
         if (row.error) throw new Error(row.error);
         if (row.done) progress(status, t("checking", { n: row.done, m: row.total }), row.done / row.total);
+        files += 1;
         if (row.problem) problems += 1;
         const report = row.report ?? {};
         const ranks = report.ranks ? [...new Set(report.ranks)].join("–") : "";
@@ -115,11 +117,12 @@ export function pool({ element }) {
         if (row.problem) table.firstElementChild.after(line);
         else table.append(line);
       });
-      status.replaceChildren();
-      if (!problems) say(status, t("fine"));
+      const close = closeButton(() => [status, rows].forEach((part) => part.replaceChildren()));
+      const said = t(problems ? "not_fine" : "fine", { n: files, m: problems });
+      status.replaceChildren(el("div", { class: "al-row" }, el("p", { class: problems ? "al-problem" : "al-doing" }, said), el("span", { class: "al-space" }), close));
     } catch (error) {
       status.replaceChildren();
-      say(status, error.message, true);
+      tell(status, say(error.message), true);
     }
   }
 
@@ -128,22 +131,32 @@ export function pool({ element }) {
       const facts = await getJson(`pool/${namePath(item.name)}`);
       const covers = Array.from({ length: Math.min(facts.covers, 6) }, (_, n) =>
         el("img", { src: url(`api/cover/${namePath(item.name)}?n=${n}&size=256`), loading: "lazy", alt: "" }));
-      const rows = [["file", `${facts.name}.safetensors`], ["format", facts.format], ["triggers", facts.triggers.join(", ")], ["strength", facts.strength], ["problem", facts.problem]];
-      const close = el("button", { class: "al-plain", title: t("close"), onclick: () => detail.replaceChildren() }, "×");
+      const rows = [["file", `${facts.name}.safetensors`], ["format", facts.format], ["triggers", facts.triggers.join(", ")], ["strength", facts.strength], ["base_model", facts.base_model], ["file_size", megabytes(facts.size)], ["problem", say(facts.problem)]];
+      const use = el("button", { class: "al-soft al-use", onclick: () => (emit("use", facts), openTab(0)) }, icon("plus"), t("use"));
+      const close = closeButton(() => detail.replaceChildren());
       detail.replaceChildren(
         el("div", { class: "al-covers" }, ...(covers.length ? covers : [cover(facts, 256)])),
         el("div", { class: "al-about" },
-          el("div", { class: "al-title" }, el("h3", {}, facts.title), el("span", { class: "al-space" }), close),
+          el("div", { class: "al-title" }, el("h3", {}, facts.title), el("span", { class: "al-space" }), facts.problem ? null : use, close),
           el("dl", {}, ...rows.filter(([, value]) => value !== "" && value !== undefined).flatMap(([key, value]) => [el("dt", {}, t(key)), el("dd", {}, String(value))])),
           el("p", { class: "al-tags" }, ...facts.tags.map((tag) => el("span", {}, tag))),
           el("p", { class: "al-hint" }, facts.description ?? "")),
       );
       detail.scrollIntoView({ block: "nearest", behavior: "smooth" });
     } catch (error) {
-      toast(error.message);
+      toast(say(error.message));
     }
   }
 
   draw();
   on("language", draw);
+  on("back", () => grid.reload());
+  on("upload", (files) => {
+    openTab(1);
+    send(files, root.querySelector(".al-status"));
+  });
 }
+
+const openTab = (number) => document.querySelectorAll("#al-tabs button[role='tab']")[number]?.click();
+
+const megabytes = (bytes) => (bytes < 1e5 ? `${(bytes / 1e3).toFixed(1)} kB` : `${(bytes / 1e6).toFixed(1)} MB`);

@@ -1,14 +1,15 @@
 // The picture: how far it is, how it looks so far, and how it was made.
 
-import { api, el, emit, getJson, icon, on, t, toast, url } from "./core.js";
+import { api, caption, el, emit, getJson, icon, on, say, t, toast, url } from "./core.js";
 import { heatmap } from "./heatmap.js";
+import { starters } from "./starters.js";
 
 export function stage({ element, props, trigger, watch }) {
   const root = element.firstElementChild;
   const state = { job: null, chosen: 0, follow: true, shown: 0 };
   const parts = {
     frame: el("div", { class: "al-frame" }),
-    bar: el("div", { class: "al-bar" }, el("i")),
+    bar: el("div", { class: "al-bar", role: "progressbar", "aria-valuemin": "0", "aria-valuemax": "100" }, el("i")),
     doing: el("p", { class: "al-doing", role: "status" }),
     strip: el("div", { class: "al-strip" }),
     facts: el("div", { class: "al-facts" }),
@@ -18,7 +19,9 @@ export function stage({ element, props, trigger, watch }) {
   function take(value) {
     if (!value) return;
     if (value.state === "notice") {
-      toast(value.error);
+      if (value.error) toast(say(value.error));
+      else toast(t("restored"), "info");
+      if (value.picture && !active()) show(value.picture);
       return;
     }
     const fresh = !state.job || value.pictures.length < state.job.pictures.length || state.job.state !== "running";
@@ -28,6 +31,13 @@ export function stage({ element, props, trigger, watch }) {
     if (state.follow) state.chosen = value.pictures[0]?.label ? 0 : Math.max(0, value.pictures.length - 1);
     if (value.pictures.length > state.shown) emit("picture");
     state.shown = value.pictures.length;
+    draw();
+  }
+
+  // A picture of the history, as if it had just been drawn.
+  function show(picture) {
+    Object.assign(state, { chosen: 0, follow: true, shown: 1 });
+    state.job = { state: "done", kind: "pictures", task: 1, tasks: 1, done: 0, total: 0, preview: "", error: "", pictures: [picture] };
     draw();
   }
 
@@ -48,12 +58,17 @@ export function stage({ element, props, trigger, watch }) {
     if (!job) parts.doing.textContent = "";
     else if (job.state === "failed") {
       parts.doing.classList.add("al-problem");
-      parts.doing.textContent = job.error;
+      parts.doing.textContent = say(job.error);
     } else if (job.state === "cancelled") parts.doing.textContent = t("stopped");
     else parts.doing.textContent = active() ? doing(job) : "";
     const part = job?.total ? job.done / job.total : 0;
     const all = job?.kind === "pictures" ? (job.task - 1 + part) / job.tasks : part;
-    parts.bar.firstElementChild.style.width = `${Math.round(100 * all)}%`;
+    const percent = Math.round(100 * all);
+    parts.bar.firstElementChild.style.width = `${percent}%`;
+    parts.bar.setAttribute("aria-valuenow", String(percent));
+    parts.bar.setAttribute("aria-label", t("steps"));
+    // Whoever listens to the page hears of the end, not of every step.
+    parts.doing.setAttribute("aria-live", active() && job.total ? "off" : "polite");
   }
 
   function doing(job) {
@@ -62,12 +77,6 @@ export function stage({ element, props, trigger, watch }) {
     if (!job.total) return t("loading");
     const picture = job.tasks > 1 ? `${t("picture_of", { n: job.task, m: job.tasks })} ${caption(job.label)} · ` : "";
     return picture + t("step_of", { n: job.done, m: job.total });
-  }
-
-  function caption(label) {
-    if (label === "fused") return t("fused");
-    if (label === "no adapters") return t("no_adapters");
-    return label.startsWith("only ") ? `${t("only")} ${label.slice(5)}` : label;
   }
 
   function drawStrip(job) {
@@ -88,9 +97,9 @@ export function stage({ element, props, trigger, watch }) {
       Object.assign(state, { chosen: number, follow: false });
       draw();
     };
-    return el("button", { class: "al-shot", data: { id: picture.id }, onclick: choose },
-      el("img", { src: url(picture.url), alt: "" }),
-      picture.label ? el("span", {}, caption(picture.label)) : el("span", {}, String(picture.seed)));
+    const text = picture.label ? caption(picture.label) : String(picture.seed);
+    return el("button", { class: "al-shot", data: { id: picture.id }, title: t("show_picture", { seed: picture.seed }), onclick: choose },
+      el("img", { src: url(`api/pictures/${picture.id}/small`), alt: "" }), el("span", {}, text));
   }
 
   function drawFrame(job) {
@@ -98,22 +107,23 @@ export function stage({ element, props, trigger, watch }) {
     const preview = active() && state.follow && job.preview;
     const source = preview || (picture ? url(picture.url) : "");
     if (!source) {
-      if (parts.frame.dataset.kind === "empty" && !active()) return;
-      parts.frame.dataset.kind = active() ? "busy" : "empty";
-      parts.frame.replaceChildren(el("div", { class: "al-empty" },
-        el("p", {}, active() ? "" : t("empty_stage")),
-        el("p", { class: "al-hint" }, active() ? "" : t("empty_stage_hint"))));
+      const kind = active() ? "busy" : "empty";
+      if (parts.frame.dataset.kind === kind) return;
+      parts.frame.dataset.kind = kind;
+      parts.frame.replaceChildren(active() ? "" : starters());
       return;
     }
-    let image = parts.frame.querySelector("img");
+    let image = parts.frame.querySelector("a > img");
     if (!image) {
-      image = el("img", { alt: "" });
-      parts.frame.replaceChildren(image);
+      image = el("img", {});
+      parts.frame.replaceChildren(el("a", { target: "_blank", rel: "noopener" }, image));
     }
     parts.frame.dataset.kind = preview ? "preview" : "picture";
     if (image.src !== source) image.src = source;
-    const report = picture?.report;
-    image.alt = preview ? "" : (report?.used_prompt ?? "");
+    image.alt = preview ? t("step_of", { n: job.done, m: job.total }) : picture.report.used_prompt;
+    const link = image.parentElement;
+    if (preview) link.removeAttribute("href");
+    else Object.assign(link, { href: source, title: t("full_size") });
   }
 
   function drawFacts(job) {
@@ -125,7 +135,7 @@ export function stage({ element, props, trigger, watch }) {
 
   function factsOf(picture) {
     const report = picture.report;
-    const seed = el("button", { class: "al-soft", title: t("reuse_seed"), data: { seed: picture.seed }, onclick: () => trigger("reuse", { seed: picture.seed }) }, icon("seed"), String(picture.seed));
+    const seed = el("button", { class: "al-soft", title: t("reuse_seed"), "aria-label": `${t("reuse_seed")}: ${picture.seed}`, data: { seed: picture.seed }, onclick: () => trigger("reuse", { seed: picture.seed }) }, icon("seed"), String(picture.seed));
     const facts = [
       `${report.width} × ${report.height}`,
       `${report.steps} ${t("steps")}`,
@@ -137,7 +147,7 @@ export function stage({ element, props, trigger, watch }) {
     const nodes = [
       el("div", { class: "al-row" }, el("span", { class: "al-label" }, t("seed")), seed, ...facts.map((fact) => el("span", { class: "al-fact" }, fact)), el("span", { class: "al-space" }), download),
       el("p", { class: "al-reads" }, el("span", { class: "al-label" }, t("reads")), report.used_prompt),
-      ...report.notes.map((note) => el("p", { class: "al-hint" }, note)),
+      ...report.notes.map((note) => el("p", { class: "al-hint" }, say(note))),
     ];
     if (report.adapters.length) nodes.push(adapters(report), gates(picture));
     return nodes;
@@ -150,8 +160,8 @@ export function stage({ element, props, trigger, watch }) {
       return el("li", {},
         el("strong", {}, used.name),
         el("span", { class: "al-times" }, `× ${Number(used.strength.toFixed(2))}`),
-        used.gate === null ? null : el("span", { class: "al-gate", title: `${t("gates")}: ${used.gate.toFixed(2)}` }, el("b", {}, bar)),
-        el("span", { class: "al-why" }, used.why));
+        used.gate === null ? null : el("span", { class: "al-gate", title: t("gates") }, el("b", {}, bar), used.gate.toFixed(2)),
+        el("span", { class: "al-why" }, say(used.why)));
     });
     return el("ul", { class: "al-used" }, ...rows);
   }
@@ -162,7 +172,8 @@ export function stage({ element, props, trigger, watch }) {
     node.addEventListener("toggle", async () => {
       if (!node.open || body.childElementCount) return;
       try {
-        body.replaceChildren(el("p", { class: "al-hint" }, t("gates_hint")), heatmap(await getJson(`pictures/${picture.id}/gates`)));
+        const order = picture.report.adapters.map((used) => used.name);
+        body.replaceChildren(el("p", { class: "al-hint" }, t("gates_hint")), heatmap(await getJson(`pictures/${picture.id}/gates`), order));
       } catch {
         body.replaceChildren(el("p", { class: "al-hint" }, t("gates_none")));
       }
@@ -171,13 +182,13 @@ export function stage({ element, props, trigger, watch }) {
   }
 
   async function dropped(file) {
+    if (file.name.toLowerCase().endsWith(".safetensors")) return emit("upload", [file]);
     try {
       const answer = await api("settings", { method: "POST", headers: { "Content-Type": "image/png" }, body: file });
       const { order } = await answer.json();
       trigger("restore", { order });
-      toast(t("restored"), "info");
     } catch (error) {
-      toast(error.message);
+      toast(say(error.message));
     }
   }
 
