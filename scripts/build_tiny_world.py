@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from autolora.adapters import LoRA
+from autolora.errors import AutoLoRAError
 from autolora.flux.loading import load_config
 from autolora.flux.tiny.text import shared_minilm
 from autolora.flux.tiny.weights import SHIPPED, load_tiny, save_tiny
@@ -175,11 +176,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
-    builder = Builder(load_world_config(args.config), args.work, args.minutes)
-    for stage in args.stage or STAGES:
-        print(f"== {stage}", flush=True)
-        getattr(builder, stage)()
+    try:
+        config = load_world_config(args.config)
+        args.work.mkdir(parents=True, exist_ok=True)
+        builder = Builder(config, args.work, args.minutes)
+        for stage in args.stage or STAGES:
+            print(f"== {stage}", flush=True)
+            getattr(builder, stage)()
+    except AutoLoRAError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

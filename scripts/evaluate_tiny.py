@@ -1,6 +1,7 @@
 """Measures the tiny world on generated pictures, scored by probes trained on renders.
 
     python scripts/evaluate_tiny.py [--quick] [--sheet docs/images/contact-sheet.png]
+    python scripts/evaluate_tiny.py --retrieval
 
 Prints one table and, on the last line, the same as JSON. Subjects and styles are those of the
 committed pool. Retrieval is measured on that pool as it is and on a copy without any names or
@@ -13,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,17 +27,15 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from autolora import AutoLoRAPipeline, Pool
-from autolora.adapters import save_lora
+from autolora import Pool
 from autolora.flux.loading import load_config, load_pipeline, quiet
 from autolora.fusion import GateBank, attached, load_gates
-from train.retrieval.config import RetrieverTrainConfig
 from train.retrieval.config import load_config as read_config
-from train.retrieval.data import in_test
 from train.tiny_world.captions import prompt
 from train.tiny_world.export import draw
 from train.tiny_world.probes import Probe, load_probe
 from train.tiny_world.render import COLOURS
+from train.tiny_world.retrieval import evaluate_retrieval
 from train.tiny_world.styles import STYLES
 from train.tiny_world.world import load_world_config, split_world
 
@@ -139,64 +137,6 @@ def evaluate_pictures(scorer: Scorer, share: float, match: str) -> dict[str, dic
     return rows
 
 
-Wanted = list[tuple[str, str, str, str]]
-"""Subject and style as captions name them, and the names of the two LoRAs."""
-
-
-def retrieval_share(pipe: AutoLoRAPipeline, wanted: Wanted) -> dict[str, float]:
-    """Shares of prompts "a STYLE SUBJECT on a COLOUR background" whose adapters were chosen."""
-    rng = np.random.default_rng(2)
-    right = {"both": 0, "subject": 0, "style": 0, "chosen_per_prompt": 0}
-    for subject, style, subject_lora, style_lora in wanted:
-        text = prompt(subject, str(rng.choice(list(COLOURS))), style)
-        chosen = {hit.name for hit in pipe.choose(text, k=3)}
-        right["subject"] += subject_lora in chosen
-        right["style"] += style_lora in chosen
-        right["both"] += {subject_lora, style_lora} <= chosen
-        right["chosen_per_prompt"] += len(chosen)
-    return {k: v / max(1, len(wanted)) for k, v in right.items()} | {"prompts": len(wanted)}
-
-
-def anonymous_pool(pool: Pool, folder: Path) -> dict[str, str]:
-    """Copies the pool without names, titles, triggers or captions; returns the new names."""
-    renamed = {name: f"lora-{i:03d}" for i, name in enumerate(pool.names)}
-    for name, new in renamed.items():
-        lora = pool.load(name)
-        factors = {layer: lora.factors(layer) for layer in lora.layers}
-        save_lora(folder / f"{new}.safetensors", factors, "kohya", dtype="bfloat16")
-    return renamed
-
-
-def evaluate_retrieval(pool: Pool, settings: RetrieverTrainConfig) -> dict[str, Any]:
-    """Retrieval on the shipped pool, with and without metadata, seen and never seen apart.
-
-    A pair counts as seen where the retriever was trained on LoRAs of both concepts, as never seen
-    where on neither; mixed pairs count only in the row for all.
-    """
-    world = load_world_config(ROOT / "configs" / "tiny_world.yaml")
-    split, styles = split_world(world), STYLES[: world.pool.shipped_styles]
-    tested = {s.name: in_test(s.name, settings) for s in split.shipped}
-    tested |= {s.name: in_test(f"{s.name} style", settings) for s in styles}
-    pairs = [(s.name, t.name, s.slug, t.slug) for s in split.shipped for t in styles]
-    groups = {
-        "all": pairs[:: len(styles) + 1],
-        "trained on": [p for p in pairs if not tested[p[0]] and not tested[p[1]]][::11],
-        "never seen": [p for p in pairs if tested[p[0]] and tested[p[1]]],
-    }
-    result: dict[str, Any] = {}
-    named = AutoLoRAPipeline.from_config("tiny")
-    for group, wanted in groups.items():
-        result[f"with metadata, {group}"] = retrieval_share(named, wanted)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "pool"
-        renamed = anonymous_pool(pool, folder)
-        blind = AutoLoRAPipeline.from_config("tiny", pool=folder)
-        for group, wanted in groups.items():
-            wanted = [(a, b, renamed[c], renamed[d]) for a, b, c, d in wanted]
-            result[f"weights and portraits alone, {group}"] = retrieval_share(blind, wanted)
-    return result
-
-
 def psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal-to-noise ratio of two pictures in dB."""
     error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
@@ -249,51 +189,81 @@ def contact_sheet(scorer: Scorer, path: Path) -> None:
 
 def print_table(rows: dict[str, dict[str, float]], other: dict[str, Any]) -> None:
     """The same numbers for people."""
+    console = Console(width=110)
+    if retrieval := other.pop("retrieval", None):
+        console.print(retrieval_table(retrieval))
+    for name, value in other.items():
+        console.print(f"{name}: {value}")
+    if not rows:
+        return
     table = Table(title="tiny world, generated pictures")
     for column in ("case", "subject", "style", "both", "pictures"):
         table.add_column(column, justify="left" if column == "case" else "right")
     for name, row in rows.items():
         cells = [f"{row[c]:.3f}" for c in ("subject", "style", "both")]
         table.add_row(name, *cells, str(int(row["pictures"])))
-    console = Console(width=110)
     console.print(table)
-    for name, value in other.items():
-        console.print(f"{name}: {value}")
+
+
+def retrieval_table(result: dict[str, Any]) -> Table:
+    """One line for each question and group of concepts; see `train.tiny_world.retrieval`."""
+    table = Table(title="retrieval on the shipped pool")
+    for column in ("pool", "question", "concepts", "numbers"):
+        table.add_column(column)
+    for pool, questions in result.items():
+        for question, groups in questions.items():
+            for group, numbers in groups.items():
+                cells = ", ".join(f"{name} {round(value, 3):g}" for name, value in numbers.items())
+                table.add_row(pool, question, group, cells)
+    return table
 
 
 def main() -> None:
     """Parses the command line and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
-    parser.add_argument("--match", default="", help="only rows about pictures that hold this text")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--match", default="", help="only rows about pictures that hold this text")
+    only.add_argument("--retrieval", action="store_true", help="only retrieval, no pictures")
     parser.add_argument("--gate", type=Path, help="gates to use in place of the shipped ones")
+    parser.add_argument("--encoder", type=Path, help="retriever to use in place of the shipped one")
     parser.add_argument("--sheet", type=Path, help="also write the contact sheet here")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
+    world = load_world_config(ROOT / "configs" / "tiny_world.yaml")
+    retriever = read_config(ROOT / "configs" / "train" / "retriever.yaml")
+    pool = Pool(ROOT / "lora_pool" / "tiny")
+    if args.retrieval:
+        found = evaluate_retrieval(pool, world, retriever, args.encoder)
+        report({}, {"retrieval": found}, args.out)
+        return
     with quiet():
         config = load_config("tiny")
         pipe = load_pipeline(config)
     shipped = ROOT / "autolora/flux/tiny/weights/gate.safetensors"
     gates = load_gates(args.gate or config.gate or shipped)
-    scorer = Scorer(pipe, Pool(ROOT / "lora_pool" / "tiny"), load_probe(), gates)
-    retriever = read_config(ROOT / "configs" / "train" / "retriever.yaml")
+    scorer = Scorer(pipe, pool, load_probe(), gates)
     if args.sheet:
         contact_sheet(scorer, args.sheet)
     rows = evaluate_pictures(scorer, 0.1 if args.quick else 1.0, args.match)
     if args.match:
-        print_table(rows, {})
-        print(json.dumps({"rows": rows}))
+        report(rows, {}, args.out)
         return
     other = {
-        "retrieval": evaluate_retrieval(scorer.pool, retriever),
+        "retrieval": evaluate_retrieval(pool, world, retriever, args.encoder),
         "float8 storage against bfloat16": storage_psnr(scorer, config),
         "detach restores the base to the byte": detach_restores(scorer),
         "probe on held-out renders": json.loads(probe_note()),
     }
-    print_table(rows, other)
+    report(rows, other, args.out)
+
+
+def report(rows: dict[str, dict[str, float]], other: dict[str, Any], out: Path | None) -> None:
+    """Prints the table, then everything as one JSON line, which ``out`` receives too."""
+    print_table(rows, dict(other))
     result = json.dumps({"rows": rows, **other})
-    if args.out:
-        args.out.write_text(result + "\n")
+    if out:
+        out.write_text(result + "\n", encoding="utf-8")
     print(result)
 
 

@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from autolora.errors import AutoLoRAError, ConfigError
 from autolora.fusion import GateBank, attached, save_gates
 from train.config import read_config
 from train.flow import add_noise, plain_attention, predict_velocity, sample_sigmas
-from train.lora import encode_text, load_picture
+from train.lora import encode_text, guidance_input, load_for_training, load_picture
 from train.tiny_world.checkpoint import progress
 
 
@@ -38,7 +38,8 @@ from train.tiny_world.checkpoint import progress
 class GateTrainConfig:
     """How the gates are trained.
 
-    Attributes are grouped as data, attached sets, optimization, loss and output.
+    Raises:
+        ConfigError: Naming every value that is out of range.
     """
 
     model: str = "tiny"  # name or path of a model config
@@ -62,6 +63,24 @@ class GateTrainConfig:
     held_out: float = 0.1  # share of the LoRAs kept for the validation loss
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, not {getattr(self, name)}"
+            for name in ("steps", "batch", "adapters_min", "text_length")
+            if getattr(self, name) < 1
+        ]
+        problems += [
+            f"{name} must lie between 0 and 1, not {getattr(self, name)}"
+            for name in ("recipe_share", "fullest_share", "empty_prompts", "held_out")
+            if not 0 <= getattr(self, name) <= 1
+        ]
+        if self.adapters_max < self.adapters_min:
+            problems.append(f"adapters_max {self.adapters_max} is below adapters_min")
+        if self.size < 16 or self.size % 16:
+            problems.append(f"size must be a multiple of 16, not {self.size}")
+        if problems:
+            raise ConfigError("Gate training: " + "; ".join(problems) + ".")
+
 
 @dataclass
 class Item:
@@ -79,7 +98,6 @@ def read_items(pipe: Any, folder: Path, config: GateTrainConfig) -> list[Item]:
     Raises:
         ConfigError: If there are no covers with captions.
     """
-    unit = next(u for u in pipe.units if type(u).__name__ == "FluxImageUnit_PromptEmbedder")
     wanted: list[tuple[Path, list[str], frozenset[str]]] = []
     for sidecar in sorted(folder.glob("*.captions.json")):
         name = sidecar.name.removesuffix(".captions.json")
@@ -98,7 +116,7 @@ def read_items(pipe: Any, folder: Path, config: GateTrainConfig) -> list[Item]:
         for path, captions, loras in progress(wanted, "pictures", total=len(wanted)):
             picture = pipe.preprocess_image(load_picture(path, config.size))
             latents = pipe.vae_encoder(picture.to(pipe.device, pipe.torch_dtype))[0]
-            rows = [encode_text(pipe, unit, text, config.text_length) for text in captions]
+            rows = [encode_text(pipe, text, config.text_length) for text in captions]
             states, pooled = (torch.cat(column) for column in zip(*rows, strict=True))
             items.append(Item(latents, states, pooled, loras))
     return items
@@ -178,6 +196,7 @@ def gate_loss(
     blank = torch.rand(len(batch), generator=generator) < config.empty_prompts
     states[blank], pooled[blank] = empty[0].to(states), empty[1].to(pooled)
     half = len(batch) // 2 if config.weight > 0 else 0
+    guidance = guidance_input(dit, len(batch) + half, x0.device)
     other_states, other_pooled = _text(rivals[:half], generator) if half else (states[:0],) * 2
     with torch.autocast(x0.device.type, torch.bfloat16), plain_attention(x0.device):
         velocity = predict_velocity(
@@ -186,6 +205,7 @@ def gate_loss(
             torch.cat([sigmas, sigmas[:half]]),
             torch.cat([states, other_states]) if half else states,
             torch.cat([pooled, other_pooled]) if half else pooled,
+            **guidance,
         ).float()
     n = len(batch)
     own = (velocity[:n] - target).pow(2).mean()
@@ -195,32 +215,49 @@ def gate_loss(
     return own, (config.margin - rival).relu().mean()
 
 
+def split_names(names: Sequence[str], config: GateTrainConfig) -> tuple[list[str], list[str]]:
+    """LoRAs to train on, and those that are held out.
+
+    Raises:
+        ConfigError: There are too few for a set of ``adapters_max`` in each part.
+    """
+    held = max(config.adapters_max, round(len(names) * config.held_out))
+    if len(names) < held + config.adapters_max:
+        raise ConfigError(
+            f"{len(names)} LoRAs with covers are too few to attach {config.adapters_max} at once "
+            f"and to hold {held} out; add LoRAs or lower adapters_max."
+        )
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed))
+    shuffled = [names[i] for i in order.tolist()]
+    return shuffled[held:], shuffled[:held]
+
+
 class GateTrainer:
     """Holds the frozen model, the pool and the gates in training."""
 
     def __init__(self, config: GateTrainConfig) -> None:
-        from autolora.flux.loading import load_config, load_pipeline
-
         self.config = config
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         folder = Path(config.pool)
         self.pool = Pool(folder)
-        pipe = load_pipeline(replace(load_config(config.model), storage="float32"))
+        pipe = load_for_training(config.model)
         self.items = read_items(pipe, folder, config)
-        unit = next(u for u in pipe.units if type(u).__name__ == "FluxImageUnit_PromptEmbedder")
-        states, pooled = encode_text(pipe, unit, "", config.text_length)
+        states, pooled = encode_text(pipe, "", config.text_length)
         self.empty = (states[0], pooled[0])
         self.dit = pipe.dit.requires_grad_(False)
-        names = sorted({name for item in self.items for name in item.loras})
+        # Every LoRA that can be drawn needs a picture of its own: its set may hold no other.
+        names = sorted({name for item in self.items for name in item.loras if len(item.loras) == 1})
         names = [name for name in names if name in self.pool]
-        keep = max(config.adapters_max, round(len(names) * config.held_out))
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed))
-        shuffled = [names[i] for i in order.tolist()]
-        self.train_sampler = Sampler(self.items, shuffled[keep:], config, config.seed)
-        self.held_names = shuffled[:keep]
-        first = self.pool.load(names[0])
-        self.bank = GateBank.neutral({layer: first.shape(layer) for layer in first.layers})
+        train_names, self.held_names = split_names(names, config)
+        # Processes draw different sets; their gradients are averaged.
+        seed = config.seed + 1000 * self.accelerator.process_index
+        self.train_sampler = Sampler(self.items, train_names, config, seed)
         self.loaded: dict[str, LoRA] = {}
+        shapes: dict[str, tuple[int, int]] = {}
+        for name in names:
+            lora = self.lora(name)
+            shapes |= {layer: lora.shape(layer) for layer in lora.layers}
+        self.bank = GateBank.neutral(shapes)
 
     def lora(self, name: str) -> LoRA:
         """A LoRA of the pool, read once."""
@@ -246,8 +283,8 @@ class GateTrainer:
     def train(self) -> dict[str, float]:
         """Runs the training; returns the validation losses of plain sum and trained gates."""
         config = self.config
-        bank = self.accelerator.prepare_model(self.bank)
-        parameters = list(bank.parameters())
+        self.bank.to(self.accelerator.device)
+        parameters = list(self.bank.parameters())
         optimizer = torch.optim.AdamW(
             parameters, lr=config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay
         )
@@ -259,6 +296,7 @@ class GateTrainer:
             own, hinge = self.step_loss(self.train_sampler, self.bank)
             optimizer.zero_grad(set_to_none=True)
             self.accelerator.backward(own + config.weight * hinge)
+            average_gradients(self.accelerator, parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             if step % 10 == 0:
@@ -272,6 +310,19 @@ class GateTrainer:
             notes["config"] = json.dumps(kept)
             save_gates(self.bank, config.out, notes)
         return {**result, "seconds": time.monotonic() - started}
+
+
+def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Average gradients over processes; zero where a process' set did not reach a gate.
+
+    The gates act from inside the base model, so no wrapper around them sees a forward pass whose
+    gradients it could synchronise.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = accelerator.reduce(own, "mean")
 
 
 def main() -> None:

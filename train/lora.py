@@ -37,7 +37,7 @@ def read_folder(folder: Path) -> list[Example]:
     """Finds pictures and their caption files.
 
     Raises:
-        ConfigError: If the folder or a caption is missing.
+        ConfigError: If the folder or a caption is missing, or a caption is not UTF-8.
     """
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {folder}; give one with pictures and .txt captions.")
@@ -47,7 +47,10 @@ def read_folder(folder: Path) -> list[Example]:
     examples = []
     for path in paths:
         text = path.with_suffix(".txt")
-        lines = text.read_text(encoding="utf-8").splitlines() if text.is_file() else []
+        try:
+            lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{text} can't be read as UTF-8 text; save it as such.") from error
         captions = [line.strip() for line in lines if line.strip()]
         if not captions:
             raise ConfigError(f"{path} has no caption; write one into {text.name} beside it.")
@@ -71,7 +74,6 @@ def load_picture(path: Path, size: int) -> Image.Image:
 @torch.no_grad()
 def encode_examples(pipe: Any, examples: list[Example], size: int, length: int) -> LoRAData:
     """Latents and text states of the examples, through the pipeline's own encoders."""
-    unit = next(u for u in pipe.units if type(u).__name__ == "FluxImageUnit_PromptEmbedder")
     most = max(len(e.captions) for e in examples)
     latents, states, pooled = [], [], []
     for example in examples:
@@ -79,16 +81,35 @@ def encode_examples(pipe: Any, examples: list[Example], size: int, length: int) 
         latents.append(pipe.vae_encoder(picture.to(pipe.device, pipe.torch_dtype)))
         # Captions are repeated up to the largest number, so that the tensors are rectangular.
         texts = [example.captions[i % len(example.captions)] for i in range(most)]
-        rows = [encode_text(pipe, unit, text, length) for text in texts]
+        rows = [encode_text(pipe, text, length) for text in texts]
         states.append(torch.cat([r[0] for r in rows])[None])
         pooled.append(torch.cat([r[1] for r in rows])[None])
     return LoRAData(torch.cat(latents), torch.cat(states), torch.cat(pooled))
 
 
-def encode_text(pipe: Any, unit: Any, text: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token states [1, L, D] and pooled text [1, D'] of one prompt."""
+def encode_text(pipe: Any, text: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token states [1, L, D] and pooled text [1, D'] of one prompt, as DiffSynth encodes it."""
+    from diffsynth.pipelines.flux_image import FluxImageUnit_PromptEmbedder
+
+    unit = FluxImageUnit_PromptEmbedder()
     out = unit.process(pipe, prompt=text, t5_sequence_length=length, positive=True)
     return out["prompt_emb"], out["pooled_prompt_emb"]
+
+
+def load_for_training(model: str) -> Any:
+    """The frozen base model: float32 where it is tiny, else bfloat16, half of float32's memory."""
+    from autolora.flux.loading import load_config, load_pipeline
+
+    config = load_config(model)
+    storage = "float32" if config.kind == "tiny" else "bfloat16"
+    return load_pipeline(replace(config, storage=storage))
+
+
+def guidance_input(dit: Any, count: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """The distilled guidance [count], an input of FLUX.1-dev alone; 1 is without guidance."""
+    if dit.guidance_embedder is None:
+        return {}
+    return {"guidance": torch.ones(count, device=device)}
 
 
 def train_folder(
@@ -105,22 +126,22 @@ def train_folder(
 
     Returns:
         The path written.
-    """
-    from autolora.flux.loading import load_config, load_pipeline
 
+    Raises:
+        ConfigError: The size, the output or the folder cannot be used.
+    """
+    if size is not None and (size < 16 or size % 16):
+        raise ConfigError(f"--size must be a multiple of 16, not {size}.")
+    if out.is_dir():
+        raise ConfigError(f"--out names the folder {out}; name a file in it.")
     examples = read_folder(folder)
-    model_config = load_config(model)
-    pipe = load_pipeline(replace(model_config, storage="float32"))
+    pipe = load_for_training(model)
     tiny = getattr(pipe.dit, "config", None)
     length = tiny.text_length if tiny else 512
     side = size or (tiny.size if tiny else 512)
     data = encode_examples(pipe, examples, side, length)
-    unit = next(u for u in pipe.units if type(u).__name__ == "FluxImageUnit_PromptEmbedder")
-    empty = encode_text(pipe, unit, "", length)
-    extra: dict[str, Any] = {}
-    if pipe.dit.guidance_embedder is not None:
-        # The distilled guidance is an input of FLUX.1-dev; 1 is the value without guidance.
-        extra["guidance"] = torch.ones(config.batch, device=pipe.device)
+    empty = encode_text(pipe, "", length)
+    extra = guidance_input(pipe.dit, config.batch, pipe.device)
     every = max(1, config.steps // 10)
 
     def report(step: int, loss: float) -> None:

@@ -18,15 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autolora.errors import ConfigError
 from autolora.flux.layers import linear_layer_names
 from train.flow import add_noise, plain_attention, predict_velocity, sample_sigmas
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
+LAYER_CHOICES: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "no-modulation": ("norm1_a.", "norm1_b.", ".norm."),
+    "light": ("norm1_a.", "norm1_b.", ".norm.", ".ff_b."),
+}
+"""Which layers are left out, by a part of their names: modulations, the text's feed-forward."""
+
+
 @dataclass(frozen=True)
 class LoRATrainConfig:
-    """How LoRAs are trained."""
+    """How LoRAs are trained.
+
+    Raises:
+        ConfigError: Naming every value that is out of range.
+    """
 
     steps: int = 120  # optimizer steps
     batch: int = 8  # samples of each LoRA per step
@@ -38,6 +51,22 @@ class LoRATrainConfig:
     sigma_std: float = 1.2
     layers: str = "light"  # which Linear layers of the blocks are adapted: see LAYER_CHOICES
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, not {getattr(self, name)}"
+            for name in ("steps", "batch", "rank", "warmup")
+            if getattr(self, name) < 1
+        ]
+        if self.lr <= 0:
+            problems.append(f"lr must be positive, not {self.lr}")
+        if not 0 <= self.empty_prompts <= 1:
+            problems.append(f"empty_prompts must lie between 0 and 1, not {self.empty_prompts}")
+        if self.layers not in LAYER_CHOICES:
+            known = ", ".join(LAYER_CHOICES)
+            problems.append(f"layers must be one of {known}, not {self.layers!r}")
+        if problems:
+            raise ConfigError("LoRA training: " + "; ".join(problems) + ".")
 
 
 @dataclass
@@ -86,22 +115,8 @@ class BatchedLoRALinear(nn.Module):
         return y + delta.view(y.shape)
 
 
-LAYER_CHOICES: dict[str, tuple[str, ...]] = {
-    "all": (),
-    "no-modulation": ("norm1_a.", "norm1_b.", ".norm."),
-    "light": ("norm1_a.", "norm1_b.", ".norm.", ".ff_b."),
-}
-"""Which layers are left out, by a part of their names: modulations, the text's feed-forward."""
-
-
 def target_layers(dit: nn.Module, which: str) -> list[str]:
-    """Names of the layers inside the blocks that are adapted.
-
-    Raises:
-        ValueError: If ``which`` is not among ``LAYER_CHOICES``.
-    """
-    if which not in LAYER_CHOICES:
-        raise ValueError(f"layers must be one of {', '.join(LAYER_CHOICES)}, not {which!r}")
+    """Names of the layers inside the blocks that are adapted; ``which`` as in LAYER_CHOICES."""
     names = [n for n in linear_layer_names(dit) if n.startswith(("blocks.", "single_blocks."))]
     return [n for n in names if not any(part in n for part in LAYER_CHOICES[which])]
 

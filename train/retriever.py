@@ -14,10 +14,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 
@@ -36,15 +36,17 @@ from train.retrieval.data import (
     split_concepts,
 )
 from train.retrieval.fit import Candidate, fit_paper, fit_ridges, fit_transformer
+from train.retrieval.newcomers import add_newcomers
 from train.retrieval.report import (
     Evaluation,
     banks,
     calibrate,
     choose_members,
+    concept_names,
     join,
     provenance,
 )
-from train.retrieval.responses import fit_responses
+from train.retrieval.responses import fit_closed_form, fit_responses
 
 Say = Callable[[str], None]
 
@@ -95,6 +97,7 @@ def build(
     encoders = [candidate.refit(split.seen) for candidate, _ in members]
     bare = join(encoders, weights, features, text_encoder)
     background, references = banks(bare, data, features, split.seen, text_encoder)
+    concepts = concept_names(data, split.seen)
     more = {"members": [{"name": c.name, "weight": w} for c, w in members]}
     retriever = join(
         encoders,
@@ -102,11 +105,56 @@ def build(
         features,
         text_encoder,
         calibration=calibration,
-        provenance=provenance(data, split, config, more),
+        provenance=provenance(data, split, config, {**more, "concepts": concepts}),
         background=background,
         references=references,
+        concepts=text_encoder.encode(concepts),
     )
+    if "responses" in features.families and len(concepts):
+        encoder = fit_closed_form(features, split.seen, config)
+        retriever = add_newcomers(retriever, encoder, data, features, split.seen, text_encoder)
     return retriever, more
+
+
+def extend(
+    config: RetrieverTrainConfig, text_encoder: TextEncoder, say: Say, activate: Activate
+) -> dict[str, Any]:
+    """Give the retriever ``config.extend`` an encoder of newcomers, fitted to this pool.
+
+    Returns:
+        The encoder's own numbers, and its calibration.
+
+    Raises:
+        AutoLoRAError: The retriever, the pool or the settings cannot be used.
+    """
+    before = Retriever.load(config.extend)
+    config = replace(config, families=("responses",), portraits="")
+    data = load_data(config, text_encoder)
+    split = split_concepts(data.concepts, data.concept_names, config)
+    features = make_features(data, split.seen, config, text_encoder, activate)
+    if "responses" not in features.families:
+        raise ConfigError(f"No LoRA of {config.pool} changes {list(config.response_layers)}.")
+    encoder = fit_closed_form(features, split.seen, config)
+    retriever = add_newcomers(before, encoder, data, features, split.seen, text_encoder)
+    evaluation = Evaluation(data, features, split)
+    evaluation.add_retriever(
+        "the encoder of newcomers", join([encoder], [1.0], features, text_encoder)
+    )
+    evaluation.add_chance()
+    retriever.spec.provenance["newcomers"] = {
+        **provenance(data, split, config, {}),
+        "metrics": evaluation.to_dict(),
+    }
+    retriever.save(config.out)
+    say(evaluation.table())
+    assert retriever.spec.newcomers is not None
+    result = {
+        "out": config.out,
+        "numbers": evaluation.to_dict(),
+        "calibration": retriever.spec.newcomers.to_dict(),
+    }
+    say(json.dumps(result))
+    return result
 
 
 def measure(
@@ -121,6 +169,7 @@ def measure(
     """Rank with the retriever and with everything that it is compared with."""
     evaluation = Evaluation(data, features, split)
     evaluation.add_retriever("ours, joined", retriever)
+    evaluation.add_search("ours, as the search ranks", retriever)
     for family in FAMILIES:
         own = [candidate for candidate in candidates if candidate.family == family]
         if family != "responses":
@@ -155,8 +204,11 @@ def train(
     Raises:
         AutoLoRAError: The pool, the portraits or the settings cannot be used.
     """
+    if config.extend:
+        return extend(config, text_encoder, say, activate)
     start = time.perf_counter()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    # Closed forms and an encoder of a few hundred thousand numbers: a GPU would only wait for data.
+    accelerator = Accelerator(cpu=True)
     tell: Say = say if accelerator.is_main_process else (lambda line: None)
     data = load_data(config, text_encoder)
     split = split_concepts(data.concepts, data.concept_names, config)

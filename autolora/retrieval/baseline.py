@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autolora.errors import RetrievalError
 from autolora.flux.layers import layer_sort_key, parse_layer
 
 if TYPE_CHECKING:
@@ -51,12 +52,19 @@ class StackedFactors:
 def stack_factors(loras: Sequence[LoRA], layers: Sequence[str]) -> StackedFactors:
     """Stack the factors of LoRAs, padded to the largest rank.
 
+    The published code knows low-rank deltas alone. Others (LoKr, LoHa, full differences) enter by
+    their leading factors and DoRA without its magnitudes, just as in our own tokens, so that both
+    encoders see the same pool.
+
     Args:
         loras: n adapters.
-        layers: Canonical layers to take.
+        layers: Canonical layers to take, each changed by at least one adapter.
 
     Returns:
         The factors, in float32.
+
+    Raises:
+        RetrievalError: No adapter changes one of the layers, or adapters of different base models.
     """
     by_type: dict[str, list[str]] = {}
     for layer in sorted(layers, key=layer_sort_key):
@@ -65,18 +73,25 @@ def stack_factors(loras: Sequence[LoRA], layers: Sequence[str]) -> StackedFactor
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
     for kind, names in by_type.items():
-        shapes = [lora.shape(name) for lora in loras for name in names if name in lora]
-        ranks = [lora.rank(name) for lora in loras for name in names if name in lora]
-        out_features, in_features = shapes[0]
-        size = (len(loras), len(names), max(ranks))
-        down[kind] = torch.zeros(*size, in_features)
-        up[kind] = torch.zeros(size[0], size[1], out_features, size[2])
-        for i, lora in enumerate(loras):
-            for j, name in enumerate(names):
-                if name in lora:
-                    A, B = lora.factors(name)
-                    down[kind][i, j, : A.shape[0]] = A
-                    up[kind][i, j, :, : A.shape[0]] = B
+        found = {
+            (i, j): lora.leading_factors(name)
+            for i, lora in enumerate(loras)
+            for j, name in enumerate(names)
+            if name in lora
+        }
+        shapes = {(A.shape[1], B.shape[0]) for A, B in found.values()}
+        if len(shapes) != 1:
+            raise RetrievalError(
+                f"Layers {kind} have {len(shapes)} shapes among the LoRAs, not one; compare LoRAs "
+                "of one base model, in layers that they change."
+            )
+        in_features, out_features = shapes.pop()
+        rank = max(len(A) for A, _ in found.values())
+        down[kind] = torch.zeros(len(loras), len(names), rank, in_features)
+        up[kind] = torch.zeros(len(loras), len(names), out_features, rank)
+        for (i, j), (A, B) in found.items():
+            down[kind][i, j, : len(A)] = A
+            up[kind][i, j, :, : len(A)] = B
     return StackedFactors(by_type, down, up)
 
 

@@ -6,12 +6,16 @@ with the same text's similarities to reference LoRAs, and a logistic regression 
 standard scores, fitted on pairs that the encoder was not trained on, gives the probability that
 the LoRA is what the text asks for.
 
-Shape legend: q texts, n LoRAs, b background texts, m reference LoRAs, D dimensions.
+An encoder knows the LoRAs it was fitted to by heart, and so puts them before new ones also for
+texts that merely resemble theirs. A LoRA that is surely one of the known concepts is nothing else:
+what it claims beyond that is explained away (`explain_away`).
+
+Shape legend: q texts, n LoRAs, b background texts, m reference LoRAs, c concepts, D dimensions.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,16 +40,16 @@ class Calibration:
     text: float = 1.0
     threshold: float = 0.5
 
-    def probability(self, scores: Tensor) -> Tensor:
-        """Probabilities.
+    def log_odds(self, scores: Tensor) -> Tensor:
+        """Logarithm of the odds that a LoRA is what a text asks for.
 
         Args:
             scores: Standard scores ``[..., 2]`` as `standard_scores` gives them.
 
         Returns:
-            ``[...]`` in [0, 1].
+            ``[...]`` in nats.
         """
-        return torch.sigmoid(self.bias + scores @ scores.new_tensor([self.lora, self.text]))
+        return self.bias + scores @ scores.new_tensor([self.lora, self.text])
 
     def to_dict(self) -> dict[str, float]:
         """Plain data."""
@@ -62,7 +66,7 @@ def standard_scores(text: Tensor, lora: Tensor, background: Tensor, references: 
         references: LoRAs ``[m, D]``.
 
     Returns:
-        ``[q, n, 2]``: standard deviations above the LoRA's mean over background texts, and above
+        ``[q, n, 2]``, standard deviations above the LoRA's mean over background texts, and above
         the text's mean over reference LoRAs.
     """
     similarity = text @ lora.T
@@ -75,8 +79,25 @@ def standard_scores(text: Tensor, lora: Tensor, background: Tensor, references: 
     return torch.stack([by_lora, by_text], -1)
 
 
+def explain_away(log_odds: Tensor, known: Tensor) -> Tensor:
+    """Lower what a LoRA claims by how much surer it is to be something known.
+
+    ``l - max(0, k - l)``: cross-domain similarity local scaling (CSLS, Conneau et al. 2018, arXiv
+    1710.04087) on the side of the LoRA with one neighbour, where the LoRA has a better one.
+
+    Args:
+        log_odds: ``[..., n]`` of texts, in nats.
+        known: ``[n]``, the highest that each LoRA reaches for a concept that the encoders were
+            fitted to; minus infinity leaves it as it is.
+
+    Returns:
+        ``[..., n]``, at most `log_odds`.
+    """
+    return log_odds - (known - log_odds).clamp_min(0)
+
+
 def fit_calibration(
-    scores: Tensor, positives: Tensor, ignored: Tensor | None = None
+    scores: Tensor, positives: Tensor, known: Tensor | None = None, texts: int = 1
 ) -> Calibration:
     """Fit on pairs that the encoder was not trained on.
 
@@ -88,15 +109,17 @@ def fit_calibration(
     Args:
         scores: ``[q, n, 2]``.
         positives: ``[q, n]``; a query may have none, which says that nothing fits it.
-        ignored: ``[q, n]``, pairs that are neither.
+        known: Scores ``[c, n, 2]`` of the concepts that the encoder was fitted to, which explain
+            LoRAs away before the threshold is looked for.
+        texts: How many texts of a prompt are asked for at once; where nothing fits the prompt,
+            all of them should find every LoRA below the threshold.
 
     Returns:
         The calibration.
     """
-    kept = torch.ones_like(positives) if ignored is None else ~ignored
-    x = scores[kept].double()
+    x = scores.double().flatten(0, 1)
     x = torch.cat([torch.ones(len(x), 1, dtype=x.dtype), x], 1)
-    y = positives[kept].double()
+    y = positives.double().flatten()
     weights = torch.zeros(3, dtype=x.dtype)
     # The two scores are near to each other; the penalty keeps few pairs from playing one of them
     # off against the other.
@@ -112,17 +135,20 @@ def fit_calibration(
             break
     bias, lora, text = weights.tolist()
     fitted = Calibration(bias, lora, text)
-    return Calibration(bias, lora, text, _best_threshold(fitted.probability(scores), positives))
+    log_odds = fitted.log_odds(scores)
+    if known is not None and len(known):
+        log_odds = explain_away(log_odds, fitted.log_odds(known).amax(0))
+    return replace(fitted, threshold=_best_threshold(log_odds.sigmoid(), positives, texts))
 
 
-def _best_threshold(probability: Tensor, positives: Tensor) -> float:
+def _best_threshold(probability: Tensor, positives: Tensor, texts: int = 1) -> float:
     best, where = probability.max(1)
     right = positives.gather(1, where[:, None])[:, 0]
     asked = positives.any(1)
     without = probability.masked_fill(positives, 0.0).amax(1)
     candidates = torch.cat([best, without]).unique()
     value = [
-        float(((best >= t) & right)[asked].double().mean() + (without < t).double().mean())
+        float(((best >= t) & right)[asked].double().mean() + (without < t).double().mean() ** texts)
         for t in candidates
     ]
     return float(candidates[int(torch.tensor(value).argmax())])

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autolora.retrieval.text import VectorCache
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -56,8 +58,7 @@ class ClipText:
 
     def __init__(self, load: Callable[[], tuple[Any, nn.Module]], cache_size: int = 4096) -> None:
         self._load = load
-        self._cache: dict[str, Tensor] = {}
-        self._cache_size = cache_size
+        self._cache = VectorCache(cache_size)
 
     @classmethod
     def from_modules(cls, tokenizer: Any, model: nn.Module) -> ClipText:
@@ -97,14 +98,10 @@ class ClipText:
         """
         import torch
 
-        new = list(dict.fromkeys(text for text in texts if text not in self._cache))
-        if len(self._cache) + len(new) > self._cache_size:
-            self._cache.clear()
-            new = list(dict.fromkeys(texts))
-        if new:
-            vectors = torch.nn.functional.normalize(self._pooled(new) - self._mean, dim=-1)
-            self._cache.update(zip(new, vectors, strict=True))
-        found = [self._cache[text] for text in texts]
+        def centred(new: list[str]) -> Tensor:
+            return torch.nn.functional.normalize(self._pooled(new) - self._mean, dim=-1)
+
+        found = self._cache.encode(texts, centred)
         return torch.stack(found) if found else torch.zeros(0, self.dim)
 
     @cached_property

@@ -2,20 +2,25 @@
 
 An index folder holds generations, each a folder of its own, and a file ``CURRENT`` that names the
 one in use. A new generation is complete before ``CURRENT`` is replaced, so a reader sees the old
-index or the new one and never a mixture, and a failure leaves the old one in place.
+index or the new one and never a mixture, and a failure leaves the old one in place. Several
+programs may build at once; the last one to finish wins.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import tempfile
+import time
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from autolora.errors import RetrievalError, shown
 from autolora.retrieval.records import Record, TextRow, read_records, write_records
@@ -31,6 +36,9 @@ from autolora.retrieval.vectors import (
 FORMAT_VERSION = 1
 Channel = Literal["weights", "texts"]
 _CURRENT = "CURRENT"
+_LOCK_SECONDS = 60.0
+_ABANDONED_SECONDS = 24 * 3600.0
+"""Age from which a generation that nobody finished is taken to belong to a program that died."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +239,7 @@ def current_generation(root: Path) -> str:
         raise RetrievalError(
             f"There is no index at {shown(root)}; run autolora index to build it."
         ) from error
-    if not name or Path(name).name != name:
+    if not re.fullmatch(r"generation-\w+", name):
         raise RetrievalError(f"The index {shown(root)} is damaged; run autolora index --rebuild.")
     return name
 
@@ -262,39 +270,56 @@ def write_generation(
     Raises:
         RetrievalError: The folder cannot be written.
     """
-    home: Path | None = None
+    home = root / f"building-{uuid.uuid4().hex[:12]}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        home = Path(tempfile.mkdtemp(prefix="generation-", dir=root))
+        home.mkdir(parents=True)
         write_records(home / "pool.sqlite", provenance.to_dict(), records, texts)
         channels = {"texts": build_vectors(text_vectors, kind)}
         if provenance.dim:
             channels["weights"] = build_vectors(weights, kind)
         for name, vectors in channels.items():
             write_vectors(vectors, home / f"{name}.faiss")
-        _publish(root, home.name)
+        _publish(root, home)
     except BaseException as error:
-        if home is not None:
-            shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(home, ignore_errors=True)
         if isinstance(error, OSError):
             raise RetrievalError(
-                f"The index folder {shown(root)} cannot be written ({error.strerror}); "
-                "free it or name another one."
+                f"The index folder {shown(root)} cannot be written "
+                f"({error.strerror or type(error).__name__}); free it or name another one."
             ) from error
         raise
     return PoolIndex(provenance, records, texts, channels.get("weights"), channels["texts"])
 
 
-def _publish(root: Path, name: str) -> None:
+def _publish(root: Path, built: Path) -> None:
+    """Make a finished folder the current generation, and clear away what is no longer needed."""
+    name = built.name.replace("building", "generation", 1)
+    pointer = built / _CURRENT
+    pointer.write_text(name, encoding="utf-8")
     try:
-        before = current_generation(root)
-    except RetrievalError:
-        before = ""
-    handle, temporary = tempfile.mkstemp(dir=root, prefix=_CURRENT)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(name)
-    os.replace(temporary, root / _CURRENT)
-    # The generation before stays for readers that have just looked up its name.
-    for old in root.glob("generation-*"):
-        if old.name not in (name, before):
-            shutil.rmtree(old, ignore_errors=True)
+        # Without the lock, two programs that finish together could each clear the other's away.
+        with FileLock(root / ".lock", timeout=_LOCK_SECONDS):
+            try:
+                before = current_generation(root)
+            except RetrievalError:
+                before = ""
+            built.rename(root / name)
+            os.replace(root / name / _CURRENT, root / _CURRENT)
+            # The generation before stays for readers that have just looked up its name.
+            _clear(root, {name, before})
+    except Timeout as error:
+        raise RetrievalError(
+            f"Another program has been writing to the index folder {shown(root)} for "
+            f"{_LOCK_SECONDS:.0f} seconds; wait for it or end it."
+        ) from error
+
+
+def _clear(root: Path, kept: set[str]) -> None:
+    abandoned = time.time() - _ABANDONED_SECONDS
+    for folder in root.glob("generation-*"):
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in root.glob("building-*"):
+        with suppress(OSError):  # its program may clear it away at the same moment
+            if folder.stat().st_mtime < abandoned:
+                shutil.rmtree(folder)

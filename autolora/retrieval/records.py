@@ -6,6 +6,7 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -137,22 +138,28 @@ def write_records(
         provenance: What the index was made with.
         records: Files, in order.
         texts: Pieces of metadata, in the order of their vectors.
+
+    Raises:
+        RetrievalError: The file cannot be written, such as on a full disk.
     """
-    connection = sqlite3.connect(path)
     try:
-        connection.executescript(_SCHEMA)
-        connection.executemany("INSERT INTO provenance VALUES (?, ?)", provenance.items())
-        connection.executemany(
-            "INSERT INTO loras VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            ((i, *astuple(r)) for i, r in enumerate(records)),
-        )
-        connection.executemany(
-            "INSERT INTO texts VALUES (?, ?, ?, ?)",
-            ((i, row.lora, row.kind, row.text) for i, row in enumerate(texts)),
-        )
-        connection.commit()
-    finally:
-        connection.close()
+        with closing(sqlite3.connect(path)) as connection:
+            connection.executescript(_SCHEMA)
+            connection.executemany("INSERT INTO provenance VALUES (?, ?)", provenance.items())
+            connection.executemany(
+                "INSERT INTO loras VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                ((i, *astuple(r)) for i, r in enumerate(records)),
+            )
+            connection.executemany(
+                "INSERT INTO texts VALUES (?, ?, ?, ?)",
+                ((i, row.lora, row.kind, row.text) for i, row in enumerate(texts)),
+            )
+            connection.commit()
+    except sqlite3.Error as error:
+        raise RetrievalError(
+            f"The index file {shown(path)} cannot be written ({shown(error)}); make room for it "
+            "or name another index folder."
+        ) from error
 
 
 def read_records(path: Path) -> tuple[dict[str, str], list[Record], list[TextRow]]:
@@ -168,8 +175,8 @@ def read_records(path: Path) -> tuple[dict[str, str], list[Record], list[TextRow
         RetrievalError: The file is missing or damaged.
     """
     try:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
-        try:
+        uri = f"{path.resolve().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
             provenance = dict(connection.execute("SELECT key, value FROM provenance"))
             records = [
                 Record(*row)
@@ -180,8 +187,6 @@ def read_records(path: Path) -> tuple[dict[str, str], list[Record], list[TextRow
             ]
             rows = connection.execute("SELECT lora, kind, text FROM texts ORDER BY id")
             return provenance, records, [TextRow(*row) for row in rows]
-        finally:
-            connection.close()
     except sqlite3.Error as error:
         raise RetrievalError(
             f"The index file {shown(path)} is missing or damaged; rebuild the index."

@@ -32,7 +32,7 @@ class RefreshReport:
 
     Attributes:
         encoded: Names that were opened because they are new or changed.
-        kept: How many were taken over from the index before.
+        kept: How many were taken over from the index before, or are copies of one encoded now.
         removed: Paths that are no longer in the pool.
         left_out: Reason by name, for files that cannot be used.
         rebuilt: Why nothing was taken over; empty when something could be.
@@ -124,7 +124,8 @@ def refresh_index(
     report.removed = sorted(path for path in before.by_path if path not in paths)
     report.left_out = {row.record.name: row.record.problem for row in rows if row.record.problem}
     records, texts, weights = _number(rows, provenance)
-    if old is not None and records == old.records and texts == old.texts:
+    # Texts are taken over with their records, so equal records have equal texts.
+    if old is not None and records == old.records:
         return old, report
     vectors = _text_vectors(texts, text_encoder, before.text_vectors)
     report.written = True
@@ -179,6 +180,9 @@ def _row(
     if known is None:
         report.encoded.append(entry.name)
         vector, problem = _encode(pool, entry.name, encode, provenance)
+        if not problem and sha:
+            # People keep copies; a copy further down the pool is not encoded again.
+            before.by_sha[sha] = _Row(fields, vector, [])
     else:
         report.kept += 1
         vector, problem = known.vector, known.record.problem

@@ -9,10 +9,11 @@ Shape legend: n LoRAs or texts, D joined dimensions.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,46 +22,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from autolora.adapters.reader import file_sha256
 from autolora.errors import RetrievalError, shown
-from autolora.retrieval.calibration import Calibration
-from autolora.retrieval.encoder import EncoderConfig, LoRAEncoder
+from autolora.retrieval.calibration import Calibration, explain_away, standard_scores
+from autolora.retrieval.encoder import LoRAEncoder
 from autolora.retrieval.features import LoRAInputs
-from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
-from autolora.retrieval.responses import ResponseEncoder, read_factors
-from autolora.retrieval.ridge import RidgeEncoder
-from autolora.retrieval.tokens import TokenSpec, weight_tokens
+from autolora.retrieval.portraits import portrait_tokens
+from autolora.retrieval.responses import read_factors
+from autolora.retrieval.spec import Encoder, RetrieverSpec, encoder_from, spec_from
+from autolora.retrieval.tokens import weight_tokens
 
 if TYPE_CHECKING:
     from autolora.adapters.lora import LoRA
 
 FORMAT = "autolora-retriever-1"
 _HALF_FROM = 1 << 15
-Encoder = LoRAEncoder | RidgeEncoder | ResponseEncoder
-
-
-@dataclass(frozen=True)
-class RetrieverSpec:
-    """Everything about a retriever that is not a tensor.
-
-    Attributes:
-        tokens: How weight tokens are made; None when no encoder uses them.
-        portrait: Shape of the portraits; None when no encoder uses them.
-        text_encoder: Name of the text encoder.
-        weights: Weight of each encoder in the joined vector, adding up to 1.
-        calibration: From similarity to probability.
-        provenance: How it was trained: base model, portrait settings, data, versions, numbers.
-        response_layers: Layers whose responses are looked at, in order.
-    """
-
-    tokens: TokenSpec | None
-    portrait: PortraitSpec | None
-    text_encoder: str
-    weights: tuple[float, ...]
-    calibration: Calibration = field(default_factory=Calibration)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    response_layers: tuple[str, ...] = ()
+BANKS = ("background", "references", "concepts", "newcomer_background", "newcomer_references")
+"""Optional tensors of a retriever; files of earlier versions lack some."""
 
 
 class Retriever(nn.Module):
@@ -72,10 +52,17 @@ class Retriever(nn.Module):
         probes: Fitted queries ``[P, in]`` of weight tokens by layer.
         background: Text vectors ``[b, D]`` that the calibration compares with.
         references: LoRA vectors ``[m, D]`` that the calibration compares with.
+        concepts: The text encoder's vectors ``[c, text dimensions]`` of the names of the concepts
+            that the encoders were fitted to.
+        newcomer_background: As `background`, for the encoder of newcomers.
+        newcomer_references: As `references`, for the encoder of newcomers.
     """
 
     background: Tensor
     references: Tensor
+    concepts: Tensor
+    newcomer_background: Tensor
+    newcomer_references: Tensor
 
     def __init__(
         self,
@@ -84,17 +71,22 @@ class Retriever(nn.Module):
         probes: dict[str, Tensor] | None = None,
         background: Tensor | None = None,
         references: Tensor | None = None,
+        concepts: Tensor | None = None,
+        newcomer_background: Tensor | None = None,
+        newcomer_references: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not encoders or len(encoders) != len(spec.weights):
             raise RetrievalError("A retriever needs at least one encoder and a weight for each.")
+        if spec.newcomers is not None and len(encoders) < 2:
+            raise RetrievalError("An encoder of newcomers needs another beside it.")
         self.spec = spec
         self.encoders = nn.ModuleList(encoders)
         self.probes = dict(probes or {})
         self.path: Path | None = None
-        empty = torch.zeros(0, self.dim)
-        self.register_buffer("background", empty if background is None else background)
-        self.register_buffer("references", empty if references is None else references)
+        banks = (background, references, concepts, newcomer_background, newcomer_references)
+        for name, rows in zip(BANKS, banks, strict=True):
+            self.register_buffer(name, torch.zeros(0, 0) if rows is None else rows)
         self.eval().requires_grad_(False)
 
     @property
@@ -126,6 +118,82 @@ class Retriever(nn.Module):
     def calibrated(self) -> bool:
         """Whether there is anything to compare similarities with."""
         return len(self.background) > 1 and len(self.references) > 1
+
+    @torch.no_grad()
+    def log_odds(self, queries: Tensor, loras: Tensor) -> Tensor:
+        """Logarithm of the odds that LoRAs are what texts ask for; needs `calibrated`.
+
+        Args:
+            queries: ``[q, D]`` as `encode_text` gives them.
+            loras: ``[n, D]`` as `encode_inputs` gives them.
+
+        Returns:
+            ``[q, n]`` in nats, before anything is explained away.
+        """
+        queries, loras = (self._of_members(rows) for rows in (queries, loras))
+        scores = standard_scores(queries, loras, self.background, self.references)
+        return self.calibration.log_odds(scores)
+
+    @torch.no_grad()
+    def judge(self, queries: Tensor, loras: Tensor, known: Tensor) -> Tensor:
+        """Logarithm of the odds as the search takes it; needs `calibrated`.
+
+        LoRAs of concepts that the encoders were fitted to claim little else (`explain_away`).
+        Where there is an encoder that learned no pairs, it alone speaks for all other LoRAs; its
+        threshold is moved to that of the others.
+
+        Args:
+            queries: ``[q, D]`` as `encode_text` gives them.
+            loras: ``[n, D]`` as `encode_inputs` gives them.
+            known: ``[n]`` as `known_log_odds` gives it for these LoRAs.
+
+        Returns:
+            ``[q, n]`` in nats.
+        """
+        claimed = explain_away(self.log_odds(queries, loras), known)
+        if self.spec.newcomers is None:
+            return claimed
+        split = self._known_dim
+        scores = standard_scores(
+            functional.normalize(queries[:, split:], dim=1),
+            functional.normalize(loras[:, split:], dim=1),
+            self.newcomer_background,
+            self.newcomer_references,
+        )
+        least = _logit(self.calibration.threshold)
+        of_newcomers = self.spec.newcomers.log_odds(scores)
+        of_newcomers += least - _logit(self.spec.newcomers.threshold)
+        new = (known < least) & loras[:, split:].any(1)
+        return torch.where(new, of_newcomers, claimed)
+
+    @property
+    def _known_dim(self) -> int:
+        """Length of the part of the vectors that comes of encoders which learned pairs."""
+        return self.dim if self.spec.newcomers is None else self.dim - self.members[-1].dim
+
+    def _of_members(self, rows: Tensor) -> Tensor:
+        """The part of joined vectors that comes of encoders which learned pairs, unit vectors."""
+        if self.spec.newcomers is None:
+            return rows
+        return functional.normalize(rows[:, : self._known_dim], dim=1)
+
+    @torch.no_grad()
+    def known_log_odds(self, loras: Tensor) -> Tensor:
+        """How sure each LoRA is to be one of the concepts that the encoders were fitted to.
+
+        Args:
+            loras: ``[n, D]`` as `encode_inputs` gives them.
+
+        Returns:
+            Highest log-odds ``[n]``; minus infinity where the retriever does not name its concepts.
+        """
+        if not len(self.concepts):
+            return torch.full((len(loras),), -torch.inf)
+        return self.log_odds(self._concept_queries, loras).amax(0)
+
+    @cached_property
+    def _concept_queries(self) -> Tensor:
+        return self.encode_text(self.concepts)
 
     @cached_property
     def sha256(self) -> str:
@@ -238,6 +306,7 @@ class Retriever(nn.Module):
             # One entry only: the library writes several in random order, and the file's hash is
             # what an index is checked against.
             save_file(tensors, temporary, metadata={FORMAT: self._describe()})
+            os.chmod(temporary, 0o644)  # mkstemp makes the file private to its owner
             os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
@@ -287,6 +356,10 @@ class Retriever(nn.Module):
         return retriever
 
 
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
 def _stored(tensor: Tensor) -> Tensor:
     large = tensor.numel() > _HALF_FROM
     return tensor.detach().cpu().to(torch.float16 if large else torch.float32).contiguous()
@@ -303,25 +376,12 @@ def _can_encode(member: Encoder, inputs: LoRAInputs) -> bool:
 
 
 def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> Retriever:
-    members = config.pop("members")
-    unknown = set(config) - {item.name for item in fields(RetrieverSpec)}
-    if unknown:
-        raise ValueError(f"unknown settings {sorted(unknown)}")
-    tokens = config.pop("tokens")
-    if tokens is not None:
-        tokens = TokenSpec(**{**tokens, "layers": tuple(tokens["layers"])})
-    portrait = config.pop("portrait")
-    spec = RetrieverSpec(
-        tokens=tokens,
-        portrait=None if portrait is None else PortraitSpec(**portrait),
-        weights=tuple(config.pop("weights")),
-        response_layers=tuple(config.pop("response_layers")),
-        calibration=Calibration(**config.pop("calibration")),
-        **config,
-    )
-    encoders = [_member(entry, tokens) for entry in members]
+    kinds = config.pop("members")
+    spec = spec_from(config)
+    encoders = [encoder_from(entry, spec.tokens) for entry in kinds]
     probes = _take(tensors, "probes.")
-    retriever = Retriever(spec, encoders, probes, tensors["background"], tensors["references"])
+    banks = {name: tensors.setdefault(name, torch.zeros(0, 0)) for name in BANKS}
+    retriever = Retriever(spec, encoders, probes, **banks)
     retriever.load_state_dict(tensors, strict=True)
     return retriever
 
@@ -329,14 +389,3 @@ def _rebuild(config: dict[str, Any], tensors: dict[str, Tensor]) -> Retriever:
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     keys = [key for key in tensors if key.startswith(prefix)]
     return {key.removeprefix(prefix): tensors.pop(key) for key in keys}
-
-
-def _member(entry: dict[str, Any], tokens: TokenSpec | None) -> Encoder:
-    if entry["kind"] == LoRAEncoder.kind:
-        return LoRAEncoder(EncoderConfig(**entry["config"]))
-    if entry["kind"] == RidgeEncoder.kind:
-        # Portrait-only encoders never look at the token spec.
-        return RidgeEncoder.from_config(entry["config"], tokens or TokenSpec(("none",)))
-    if entry["kind"] == ResponseEncoder.kind:
-        return ResponseEncoder(**entry["config"])
-    raise ValueError(f"unknown kind of encoder {entry['kind']!r}")

@@ -20,8 +20,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from autolora.errors import RetrievalError
-from autolora.retrieval.calibration import standard_scores
+from autolora.errors import RetrievalError, shown
 from autolora.retrieval.concepts import Concept, Word, find_concepts, read_words
 from autolora.retrieval.index import PoolIndex
 from autolora.retrieval.lexical import Match, WordIndex
@@ -157,6 +156,7 @@ class Searcher:
         self.word_index = WordIndex(index.texts)
         with_text = {row.lora for row in index.texts}
         with_vector = {i for i, r in enumerate(index.records) if r.vector is not None}
+        self._known = np.full(index.channel_size("weights"), np.nan, np.float32)
         self.available = {"words": with_text, "texts": with_text, "weights": with_vector}
 
     def search(self, prompt: str, k: int = 5) -> list[Hit]:
@@ -194,6 +194,8 @@ class Searcher:
         """
         if not prompt.strip():
             raise RetrievalError("The prompt is empty; say what the picture shall show.")
+        # A terminal in another encoding hands over lone surrogates, which tokenizers refuse.
+        prompt = prompt.encode("utf-8", "replace").decode()
         words = read_words(prompt)
         concepts = find_concepts(words)
         evidence = [_from_match(match) for match in self.word_index.find(words)]
@@ -215,9 +217,9 @@ class Searcher:
                 p = self._text_probability(text.kind, similarity)
                 key = (number, lora)
                 if key not in found or found[key].probability < p:
-                    shown = text.text.partition("\n")[0]
+                    said = shown(text.text.partition("\n")[0], 60)
                     kind = "captions are" if text.kind == "captions" else f"{text.kind} is"
-                    why = f'{kind} close to "{texts[number]}" ({similarity:.2f}): "{shown[:60]}"'
+                    why = f'{kind} close to "{shown(texts[number])}" ({similarity:.2f}): "{said}"'
                     found[key] = Evidence(lora, "texts", number, p, why, covers[number])
         return list(found.values())
 
@@ -242,27 +244,37 @@ class Searcher:
         queries = retriever.encode_text(vectors)
         results = self.index.search("weights", queries.numpy(), CANDIDATES)
         owner = {row: lora for result in results for lora, _, row in result}
-        rows = sorted(owner)
-        loras = torch.from_numpy(self.index.vectors("weights", np.array(rows, np.int64)))
+        rows = np.array(sorted(owner), np.int64)
+        loras = torch.from_numpy(self.index.vectors("weights", rows))
         if retriever.calibrated:
-            scores = standard_scores(queries, loras, retriever.background, retriever.references)
-            probability = retriever.calibration.probability(scores)
+            probability = retriever.judge(
+                queries, loras, self._known_log_odds(rows, loras)
+            ).sigmoid()
         else:
             # Without anything to compare with, similarities only order the pool.
             probability = (queries @ loras.T).clamp(0, 1) * 0.5
-        column = {row: i for i, row in enumerate(rows)}
+        column = {int(row): i for i, row in enumerate(rows)}
         return [
             Evidence(
                 lora,
                 "weights",
                 number,
                 float(probability[number, column[row]]),
-                f'its weights look like "{texts[number]}" ({similarity:.2f})',
+                f'its weights look like "{shown(texts[number])}" ({similarity:.2f})',
                 covers[number],
             )
             for number, result in enumerate(results)
             for lora, similarity, row in result
         ]
+
+    def _known_log_odds(self, rows: np.ndarray, loras: torch.Tensor) -> torch.Tensor:
+        """`Retriever.known_log_odds` of rows of the weight channel, computed once for each."""
+        assert self.retriever is not None
+        new = np.isnan(self._known[rows])
+        if new.any():
+            found = self.retriever.known_log_odds(loras[torch.from_numpy(new)])
+            self._known[rows[new]] = found.numpy()
+        return torch.from_numpy(self._known[rows])
 
     def _fused(self, evidence: Sequence[Evidence]) -> dict[int, float]:
         best: dict[str, dict[int, float]] = {}
@@ -317,5 +329,5 @@ def combine(evidence: Sequence[Evidence]) -> dict[int, float]:
 
 def _from_match(match: Match) -> Evidence:
     names = {"title": "title", "trigger": "trigger word", "tag": "tag"}
-    why = f'{names[match.kind]} "{match.text}" is in the prompt'
+    why = f'{names[match.kind]} "{shown(match.text)}" is in the prompt'
     return Evidence(match.lora, "words", -1, match.probability, why, match.covers)

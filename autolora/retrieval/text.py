@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -34,6 +35,29 @@ class TextEncoder(Protocol):
         ...
 
 
+class VectorCache:
+    """Vectors of texts that were encoded before; a prompt's words recur often."""
+
+    def __init__(self, size: int) -> None:
+        """Make an empty cache.
+
+        Args:
+            size: How many texts' vectors to keep.
+        """
+        self._size = size
+        self._vectors: dict[str, Tensor] = {}
+
+    def encode(self, texts: list[str], encode: Callable[[list[str]], Tensor]) -> list[Tensor]:
+        """Vectors of texts, of which ``encode`` is asked for those that are new, each once."""
+        new = list(dict.fromkeys(text for text in texts if text not in self._vectors))
+        if len(self._vectors) + len(new) > self._size:
+            self._vectors.clear()
+            new = list(dict.fromkeys(texts))
+        if new:
+            self._vectors.update(zip(new, encode(new), strict=True))
+        return [self._vectors[text] for text in texts]
+
+
 class MiniLMText:
     """all-MiniLM-L6-v2 as a `TextEncoder`; its weights are loaded when first needed."""
 
@@ -41,14 +65,13 @@ class MiniLMText:
         """Make the encoder without loading it.
 
         Args:
-            cache_size: How many texts' vectors to keep; a prompt's words recur often.
+            cache_size: How many texts' vectors to keep.
         """
         from autolora.flux.tiny.text import MiniLM
 
         self.name: str = MiniLM.name
         self.dim: int = MiniLM.dim
-        self._cache: dict[str, Tensor] = {}
-        self._cache_size = cache_size
+        self._cache = VectorCache(cache_size)
 
     def encode(self, texts: list[str]) -> Tensor:
         """Encode texts.
@@ -63,14 +86,7 @@ class MiniLMText:
 
         from autolora.flux.tiny.text import shared_minilm
 
-        new = list(dict.fromkeys(text for text in texts if text not in self._cache))
-        if len(self._cache) + len(new) > self._cache_size:
-            self._cache.clear()
-            new = list(dict.fromkeys(texts))
-        if new:
-            vectors = shared_minilm().encode(new).float()
-            self._cache.update(zip(new, vectors, strict=True))
-        found = [self._cache[text] for text in texts]
+        found = self._cache.encode(texts, lambda new: shared_minilm().encode(new).float())
         return torch.stack(found) if found else torch.zeros(0, self.dim)
 
     def words(self, count: int, skip: int = 300) -> list[str]:

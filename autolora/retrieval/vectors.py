@@ -115,8 +115,18 @@ def get_vectors(index: Any, rows: np.ndarray | None = None) -> np.ndarray:
 
 
 def write_vectors(index: Any, path: Path) -> None:
-    """Write an index to a file."""
-    faiss.write_index(index, str(path))
+    """Write an index to a file.
+
+    Raises:
+        RetrievalError: The file cannot be written, such as on a full disk.
+    """
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise RetrievalError(
+            f"The index file {shown(path)} cannot be written; make room for it or name another "
+            "index folder."
+        ) from error
 
 
 def read_vectors(path: Path) -> Any:

@@ -1,9 +1,12 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from autolora.adapters import LoRA
 from autolora.errors import RetrievalError
 from autolora.retrieval.baseline import PaperEncoder, paper_loss, project_text, stack_factors
 from autolora.retrieval.encoder import EncoderConfig, LoRAEncoder, TextHead
@@ -59,6 +62,21 @@ def test_masked_layers_have_no_influence() -> None:
     torch.testing.assert_close(model(given), before)
     given.weights.mask[:, 1] = True
     assert (model(given) - before).norm() > 1e-2
+
+
+def test_the_profile_of_strengths_is_told_apart_from_their_level() -> None:
+    """An alpha that is twice as large raises the level and leaves the profile over layers."""
+    model, given = encoder(portraits=False), inputs().weights
+    assert given is not None
+    given.mask[:, 1] = False
+    louder = WeightTokens(given.features, given.strength + math.log(2), given.mask)
+    with torch.no_grad():
+        model.strength_in.weight[:, 1] = 0  # deaf to the level
+    torch.testing.assert_close(model._embed_weights(louder), model._embed_weights(given))
+    with torch.no_grad():
+        model.strength_in.weight[:, 1] = 1
+    change = model._embed_weights(louder) - model._embed_weights(given)
+    torch.testing.assert_close(change[:, 0], torch.full_like(change[:, 0], math.log(2)))
 
 
 def test_one_lora_is_encoded_as_in_a_batch() -> None:
@@ -144,6 +162,36 @@ def test_whitening_ignores_what_varies_within_a_lora() -> None:
     assert within > 0.95 > (plain[:, 0] * plain[:, 1]).sum(-1).mean()
 
 
+def test_fewer_dimensions_keep_what_tells_loras_apart() -> None:
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(30, 8, generator=g) * torch.tensor([3.0, 3, 0, 0, 0, 0, 0, 0])
+    text = (centres[:, None] + torch.randn(30, 4, 8, generator=g) * 0.3).flatten(0, 1)
+    head = TextWhitening.fit(text, torch.arange(120) // 4, dim=2)
+    assert head.dim == 2
+    # Only the first two directions reach the output, and neither is lost.
+    reach = head.matrix.norm(dim=1)
+    assert reach[:2].min() > 5 * reach[2:].max()
+    assert torch.linalg.svdvals(head.matrix[:2]).min() > 1
+
+
+def test_every_group_of_features_has_the_same_variance() -> None:
+    """Four layers of weights do not outweigh two settings of portraits."""
+    given = inputs(30)
+    whitening = TextWhitening(torch.zeros(6), torch.eye(6))
+    targets = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    spec = FlatSpec(("portrait", "read"), tuple(range(len(LAYERS))))
+    model = RidgeEncoder.fit(given, targets, whitening, spec, SPEC)
+    assert given.portraits is not None and given.weights is not None
+    read = given.weights.features[..., SPEC.write_size :].flatten(1)
+    flat = torch.cat([given.portraits.pictures.flatten(1), read], 1)
+    spread = ((flat - model.mean) * model.scale).square().mean(0)
+    pictures = given.portraits.pictures[0].numel()
+    assert spread[:pictures].sum().item() == pytest.approx(1, rel=1e-3)
+    assert spread[pictures:].sum().item() == pytest.approx(1, rel=1e-3)
+    blocks = spread[pictures:].view(len(LAYERS), SPEC.read_size).sum(1)
+    torch.testing.assert_close(blocks, torch.full((len(LAYERS),), 1 / len(LAYERS)))
+
+
 def test_ridge_equals_the_normal_equations() -> None:
     g = torch.Generator().manual_seed(0)
     given = inputs(30)
@@ -199,6 +247,34 @@ def test_the_papers_tokens_equal_dense_products() -> None:
             position += 1
 
 
+def test_the_papers_encoder_takes_what_is_not_low_rank(tmp_path: Path) -> None:
+    """LoKr has no factors: its leading ones stand for it, to the error of that rank."""
+    words = WordVectors()
+    plain = concept_lora("plain", words.encode(["plain"])[0])
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "diffusion_model.single_blocks.0.linear2.lokr_w1": torch.randn(4, 4, generator=g),
+        "diffusion_model.single_blocks.0.linear2.lokr_w2": torch.randn(6, 30, generator=g),
+    }
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    kron = LoRA.load(tmp_path / "lokr.safetensors")
+    factors = stack_factors([plain, kron], kron.layers)
+    (kind,) = factors.layers
+    product = factors.up[kind][1, 0] @ factors.down[kind][1, 0]
+    torch.testing.assert_close(product, kron.delta(kron.layers[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_that_no_lora_changes_or_of_another_model_are_refused() -> None:
+    words = WordVectors()
+    plain = concept_lora("plain", words.encode(["plain"])[0])
+    with pytest.raises(RetrievalError, match="have 0 shapes"):
+        stack_factors([plain], ["blocks.7.ff_a.0"])
+    layer = next(iter(LAYERS))
+    other = LoRA.from_factors("other", {layer: (torch.ones(1, 5), torch.ones(7, 1))})
+    with pytest.raises(RetrievalError, match="have 2 shapes"):
+        stack_factors([plain, other], [layer])
+
+
 def test_the_papers_attention_is_causal() -> None:
     words = WordVectors()
     loras = [concept_lora(n, words.encode([n])[0]) for n in concept_names(2)]
@@ -207,7 +283,10 @@ def test_the_papers_attention_is_causal() -> None:
     model = PaperEncoder(factors, width=32, heads=4).eval()
     outputs: list[torch.Tensor] = []
     model.blocks.register_forward_hook(lambda _, args, out: outputs.append(out))
-    model(factors)
+    pooled = model(factors)
+    # Every token is normalized before the mean, as published.
+    each = torch.stack([model.norm(outputs[0][:, i]) for i in range(outputs[0].shape[1])])
+    torch.testing.assert_close(pooled, each.mean(0))
     last = list(factors.layers)[-1]
     factors.up[last] = factors.up[last] * 3
     model(factors)

@@ -1,4 +1,6 @@
 import os
+import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +10,17 @@ import torch
 
 from autolora.adapters import LoRA, Pool
 from autolora.errors import LoRAFormatError, RetrievalError
+from autolora.retrieval import index as index_module
 from autolora.retrieval.index import PoolIndex, Provenance, current_generation
 from autolora.retrieval.records import metadata_texts, readable
 from autolora.retrieval.refresh import refresh_index
-from autolora.retrieval.vectors import build_vectors, choose_kind, get_vectors, search_vectors
+from autolora.retrieval.vectors import (
+    build_vectors,
+    choose_kind,
+    get_vectors,
+    search_vectors,
+    write_vectors,
+)
 from tests.retrieval.synthetic import WordVectors, concept_names, write_pool
 
 NAMES = concept_names(6)
@@ -108,6 +117,18 @@ def test_only_changed_files_are_encoded_again(root: Path) -> None:
     )
 
 
+def test_copies_are_encoded_once_and_keep_their_own_words(root: Path) -> None:
+    for name in ("copy_one", "copy_two"):
+        copy = (root / "pool" / f"{NAMES[0]}.safetensors").read_bytes()
+        (root / "pool" / f"{name}.safetensors").write_bytes(copy)
+    counter = Counter()
+    index, report = refresh(root, counter)
+    assert len(counter.names) == 6 == len(report.encoded) and report.kept == 2
+    assert len(index) == 8 and index.channel_size("weights") == 8
+    own = {index.records[row.lora].name: row.text for row in index.texts if row.kind == "title"}
+    assert own["copy_one"] == "copy one" and own["copy_two"] == "copy two"
+
+
 def test_a_changed_sidecar_changes_the_texts_only(root: Path) -> None:
     refresh(root, Counter())
     (root / "pool" / f"{NAMES[0]}.json").write_text('{"activation text": "zigzag"}')
@@ -117,6 +138,16 @@ def test_a_changed_sidecar_changes_the_texts_only(root: Path) -> None:
     assert again.names == []
     assert [row.text for row in index.texts if row.kind == "trigger"] == ["zigzag"]
     assert [text for call in WORDS.calls for text in call] == ["zigzag"]
+
+
+@pytest.mark.parametrize("channel", ["weights", "texts"])
+def test_rows_and_vectors_must_agree(root: Path, channel: str) -> None:
+    refresh(root, Counter())
+    home = root / "index"
+    short = build_vectors(unit(3, WORDS.dim, 0))
+    write_vectors(short, home / current_generation(home) / f"{channel}.faiss")
+    with pytest.raises(RetrievalError, match="rows and vectors do not agree"):
+        PoolIndex.open(home, PROVENANCE)
 
 
 def test_verify_finds_a_change_that_size_and_time_hide(root: Path) -> None:
@@ -192,6 +223,60 @@ def test_a_failure_while_writing_leaves_no_trace(
     assert sorted(p.relative_to(root) for p in (root / "index").rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [("faiss.write_index", RuntimeError("fwrite")), ("sqlite3.connect", sqlite3.Error("full"))],
+)
+def test_what_libraries_say_of_a_full_disk_is_one_sentence(
+    root: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(RetrievalError, match=r"cannot be written.*make room") as caught:
+        refresh(root, Counter())
+    assert "\n" not in str(caught.value)
+    assert not [p for p in (root / "index").iterdir() if p.is_dir()]
+
+
+def test_two_programs_may_build_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that finishes while another is still building must not clear the other's work away."""
+    write = index_module.write_vectors
+
+    def finish_another_first(*arguments: object) -> None:
+        monkeypatch.setattr(index_module, "write_vectors", write)
+        for _ in range(2):
+            refresh(root, Counter(), rebuild=True)
+        write(*arguments)
+
+    monkeypatch.setattr(index_module, "write_vectors", finish_another_first)
+    refresh(root, Counter())
+    assert len(PoolIndex.open(root / "index", PROVENANCE)) == 6
+    assert not list((root / "index").glob("building-*"))
+
+
+def test_what_a_dead_program_left_behind_goes_after_a_day(root: Path) -> None:
+    refresh(root, Counter())
+    for name, age in (("building-old", 90_000), ("building-new", 10)):
+        folder = root / "index" / name
+        folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
+    refresh(root, Counter(), rebuild=True)
+    assert [p.name for p in (root / "index").glob("building-*")] == ["building-new"]
+
+
+def test_an_index_is_as_readable_as_other_files(root: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        refresh(root, Counter())
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (root / "index").rglob("*")}
+    assert {modes[name] for name in ("CURRENT", "pool.sqlite", "texts.faiss")} == {0o644}
+    assert modes[current_generation(root / "index")] == 0o755
+
+
 def test_another_encoder_is_refused_and_rebuilt(root: Path) -> None:
     refresh(root, Counter())
     other = Provenance("encoder-2", WORDS.dim, WORDS.name, WORDS.dim)
@@ -246,6 +331,14 @@ def test_a_damaged_index_is_named_and_rebuilt(root: Path, part: str, damage: str
     assert "\n" not in str(caught.value)
     assert refresh(root, Counter())[1].written
     assert len(PoolIndex.open(home, PROVENANCE)) == 6
+
+
+@pytest.mark.parametrize("name", ["", "..", "/etc", "a/b", "generation-a/b", "\0", "pool"])
+def test_a_pointer_to_anything_but_a_generation_is_damage(root: Path, name: str) -> None:
+    (root / "index").mkdir()
+    (root / "index" / "CURRENT").write_text(name)
+    with pytest.raises(RetrievalError, match="is damaged"):
+        current_generation(root / "index")
 
 
 @pytest.mark.parametrize(

@@ -25,4 +25,5 @@ def test_a_change_of_any_file_beside_is_seen(tmp_path) -> None:
         before = stamp()
     (tmp_path / "b.json").write_text("x")
     (tmp_path / "README.txt").write_text("x")
+    (tmp_path / "a.v1.second.safetensors").write_text("x")  # a LoRA of its own
     assert stamp() == before

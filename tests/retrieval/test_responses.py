@@ -97,6 +97,16 @@ def test_scores_are_the_energy_of_the_response() -> None:
     )
 
 
+def test_every_text_has_a_share_of_the_mean() -> None:
+    """Its cross terms carry the signs of the other coordinates: half of their usual size."""
+    text, activations, reads = world()
+    encoder = ResponseEncoder.fit(text, [activations], reads, 12)
+    usual = ((text - encoder.text_mean) @ encoder.text_matrix[0, :, :-1]).norm(dim=1).mean()
+    expected = torch.zeros(encoder.directions)
+    expected[-1] = 0.5 * usual.detach()
+    torch.testing.assert_close(encoder.text_bias[0].detach(), expected, atol=1e-4, rtol=1e-3)
+
+
 def test_it_finds_loras_by_texts_that_no_lora_was_fitted_to() -> None:
     """LoRAs that read their captions' activations are found without one training pair."""
     text, activations, reads = world()

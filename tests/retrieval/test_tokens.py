@@ -134,6 +134,17 @@ def test_fitted_probes_span_what_the_pool_reads() -> None:
     torch.testing.assert_close(projected, probes, atol=1e-4, rtol=0)
 
 
+def test_a_loud_lora_does_not_outvote_the_others() -> None:
+    spec = TokenSpec(LAYERS[:1], probes=1, sketch=2)
+    loras = []
+    for direction, size in ((0, 1.0), (0, 1.0), (1, 1000.0)):
+        A = torch.zeros(1, 12)
+        A[0, direction] = size
+        loras.append(LoRA.from_factors("x", {LAYERS[0]: (A, torch.ones(36, 1))}))
+    probe = fit_probes(loras, spec)[LAYERS[0]][0]
+    torch.testing.assert_close(probe.abs(), torch.eye(12)[0], atol=1e-5, rtol=0)
+
+
 def test_probes_of_another_model_are_refused() -> None:
     probes = {LAYERS[0]: torch.eye(5, 16)}
     with pytest.raises(RetrievalError, match=r"16 inputs.*another base model"):

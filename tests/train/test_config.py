@@ -1,6 +1,6 @@
 """Training configs: every mistake is named at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -33,12 +33,57 @@ def test_all_mistakes_in_one_sentence(tmp_path):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["- 1\n- 2\n", "a: [1\n"])
-def test_not_a_mapping(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"- 1\n- 2\n", "key: value"),
+        (b"a: [1\n", "cannot be read"),
+        (b"a: \xff\n", "cannot be read"),
+    ],
+)
+def test_not_a_mapping(tmp_path, content, words):
     file = tmp_path / "a.yaml"
-    file.write_text(content)
-    with pytest.raises(ConfigError):
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as caught:
         read_config(Example, file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("steps: 3.7", "steps must be int, not 3.7"),
+        ("steps: true", "steps must be int, not True"),
+        ("steps: null", "steps must be int, not None"),
+        ("names: abc", "names must be tuple"),
+        ("names: [a, 1]", r"names\[1\] must be str, not 1"),
+        ("fast: 1", "fast must be bool, not 1"),
+        ("lr: much", "lr must be float, not 'much'"),
+        ("3: 4", "unknown key '3'"),
+    ],
+)
+def test_values_are_not_bent_into_the_type(tmp_path, line, words):
+    file = tmp_path / "a.yaml"
+    file.write_text(line)
+    with pytest.raises(ConfigError, match=words):
+        read_config(Example, file)
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    inner: Example = field(default_factory=Example)
+
+
+def test_required_and_nested_fields(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("name: x\ninner: {steps: 3, lr: 1e-3}\n")
+    assert read_config(Outer, file) == Outer("x", Example(3, 0.001))
+    file.write_text("inner: {stepz: 3, lr: []}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_config(Outer, file)
+    for words in ("missing key 'name'", "unknown key 'inner.stepz'", "inner.lr must be float"):
+        assert words in str(caught.value)
 
 
 def test_missing_file(tmp_path):

@@ -1,8 +1,11 @@
 """Flow matching against its definition."""
 
+import sys
+from types import SimpleNamespace
+
 import torch
 
-from train.flow import add_noise, sample_sigmas
+from train.flow import add_noise, predict_velocity, sample_sigmas
 
 
 def test_noisy_latents_interpolate_and_the_velocity_leads_back():
@@ -20,3 +23,16 @@ def test_sigmas_follow_the_logit_normal():
     logits = torch.logit(sigmas.double())
     assert abs(logits.mean().item() - 0.4) < 0.03
     assert abs(logits.std().item() - 1.2) < 0.03
+
+
+def test_the_model_is_asked_in_diffsynths_units(monkeypatch):
+    """Its model function takes times from 0 to 1000 and position ids of three axes."""
+    asked = {}
+    fake = SimpleNamespace(model_fn_flux_image=lambda dit, **inputs: asked.update(inputs))
+    monkeypatch.setitem(sys.modules, "diffsynth.pipelines.flux_image", fake)
+    states, pooled = torch.randn(2, 5, 8), torch.randn(2, 8)
+    noisy, sigmas = torch.randn(2, 16, 4, 4), torch.tensor([0.25, 1.0])
+    predict_velocity(None, noisy, sigmas, states, pooled, guidance=7)
+    assert asked["timestep"].tolist() == [250, 1000] and asked["guidance"] == 7
+    assert asked["latents"] is noisy and asked["text_ids"].shape == (2, 5, 3)
+    assert asked["prompt_emb"] is states and asked["pooled_prompt_emb"] is pooled

@@ -1,10 +1,13 @@
 """Training from a folder: what is read, and one clear sentence for what can't be."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from PIL import Image
 
 from autolora.errors import ConfigError
-from train.lora import load_picture, read_folder
+from train.lora import guidance_input, load_picture, main, read_folder
 
 
 def _picture(path, size=(40, 20)):
@@ -42,3 +45,40 @@ def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "cat.png").write_bytes(b"not a picture")
     with pytest.raises(ConfigError, match=r"cat\.png can't be read"):
         load_picture(tmp_path / "cat.png", 16)
+
+
+def test_captions_in_another_encoding_are_named(tmp_path):
+    _picture(tmp_path / "cat.png")
+    (tmp_path / "cat.txt").write_bytes("un café".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"cat\.txt can't be read as UTF-8"):
+        read_folder(tmp_path)
+    (tmp_path / "cat.txt").write_bytes(b"\xef\xbb\xbfa cat")  # with a byte order mark
+    assert read_folder(tmp_path)[0].captions == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rank", "0"], "rank must be at least 1"),
+        (["--layers", "every"], "no-modulation"),
+        (["--size", "100"], "multiple of 16"),
+        (["--images", "{tmp}/none"], "no folder"),
+        (["--out", "{tmp}"], "names the folder"),
+    ],
+)
+def test_wrong_input_is_one_sentence(tmp_path, capsys, monkeypatch, arguments, words):
+    _picture(tmp_path / "cat.png")
+    (tmp_path / "cat.txt").write_text("a cat")
+    given = ["--images", str(tmp_path), "--out", str(tmp_path / "o.safetensors"), *arguments]
+    monkeypatch.setattr("sys.argv", ["lora", *(a.format(tmp=tmp_path) for a in given)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_guidance_is_an_input_of_distilled_models_only():
+    plain, distilled = SimpleNamespace(guidance_embedder=None), SimpleNamespace(guidance_embedder=1)
+    device = torch.device("cpu")
+    assert guidance_input(plain, 3, device) == {}
+    assert guidance_input(distilled, 3, device)["guidance"].tolist() == [1, 1, 1]

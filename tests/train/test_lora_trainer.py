@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from autolora.errors import ConfigError
+from train import lora_trainer
 from train.lora_trainer import (
     BatchedLoRALinear,
     LoRAData,
@@ -100,6 +102,37 @@ def test_target_layers(dit, which, count):
     assert len(target_layers(dit, which)) == count
 
 
-def test_unknown_choice_of_layers_lists_the_choices(dit):
-    with pytest.raises(ValueError, match="no-modulation"):
-        target_layers(dit, "every")
+def test_impossible_settings_are_named_all_at_once():
+    with pytest.raises(ConfigError) as caught:
+        LoRATrainConfig(steps=0, rank=0, warmup=0, batch=0, lr=0, empty_prompts=2, layers="every")
+    for words in ("steps", "rank", "warmup", "batch", "lr", "empty_prompts", "no-modulation"):
+        assert words in str(caught.value)
+
+
+def test_the_loss_is_zero_for_the_right_velocity_and_empty_prompts_are_empty(dit, monkeypatch):
+    """Latents are all 2, so the noise, and with it ``noise - x0``, follows from what is given."""
+    seen = {}
+
+    def perfect(dit, noisy, sigmas, states, pooled):
+        seen.update(states=states, pooled=pooled, sigmas=sigmas)
+        s = sigmas.view(-1, 1, 1, 1)
+        return (noisy - (1 - s) * 2) / s - 2
+
+    monkeypatch.setattr(lora_trainer, "predict_velocity", perfect)
+    data = LoRAData(torch.full((3, 16, 4, 4), 2.0), torch.ones(3, 2, 4, 384), torch.ones(3, 2, 384))
+    empty = (torch.full((4, 384), 5.0), torch.full((384,), 6.0))
+    for share, state, text in ((0.0, 1.0, 1.0), (1.0, 5.0, 6.0)):
+        config = LoRATrainConfig(batch=8, empty_prompts=share)
+        trainer = MultiLoRATrainer(dit, 1, config)
+        g = torch.Generator().manual_seed(0)
+        batch = lora_trainer._batch([data], config, empty, g)
+        assert trainer._loss(batch, g, {}).item() < 1e-6
+        assert bool((seen["states"] == state).all()) and bool((seen["pooled"] == text).all())
+    assert len(seen["sigmas"].unique()) == 8
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    config = LoRATrainConfig(steps=100, warmup=10, lr=1.0)
+    rates = [lora_trainer._learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] > 0.95
+    assert rates[50] == pytest.approx(0.5) and rates[99] < 1e-3

@@ -1,11 +1,13 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from autolora.adapters import LoRA
 from autolora.errors import ConfigError
 from autolora.retrieval.retriever import Retriever
 from tests.retrieval.synthetic import (
@@ -16,7 +18,7 @@ from tests.retrieval.synthetic import (
     write_portraits,
 )
 from train.retrieval.config import RetrieverTrainConfig, load_config
-from train.retrieval.data import load_data, split_concepts
+from train.retrieval.data import load_data, make_features, split_concepts
 from train.retriever import main, train
 
 NAMES = concept_names(80)
@@ -91,6 +93,55 @@ def test_the_same_seed_gives_the_same_file(world: Path) -> None:
     assert hashes[0] == hashes[1]
 
 
+def test_newcomers_are_chosen_by_an_encoder_that_learned_no_pairs(
+    world: Path, tmp_path: Path
+) -> None:
+    """Extending keeps the encoders as they are; both ways write the same encoder of newcomers."""
+    settings = config(world, portraits="", families=("weights",), paper_steps=0, steps=20)
+    out = str(tmp_path / "extended.safetensors")
+    train(settings, WordVectors(), lambda line: None, activate)
+    before = Retriever.load(settings.out)
+    assert before.spec.newcomers is None
+    extending = config(world, extend=settings.out, out=out)
+    for _ in range(2):  # the second time in place of the first one's
+        result = train(extending, WordVectors(), lambda line: None, activate)
+        extending = replace(extending, extend=out)
+    after = Retriever.load(out)
+    assert after.dim == before.dim + after.members[-1].dim and sum(after.spec.weights) == 1
+    pool = sorted((world / "pool").glob("*.safetensors"))
+    loras = [LoRA.load(path) for path in pool[:6]]
+    for lora in loras:
+        joined, plain = after.encode(lora), before.encode(lora)
+        assert joined is not None and plain is not None
+        torch.testing.assert_close(joined[: before.dim] * 2**0.5, plain)
+    numbers = result["numbers"]
+    unseen, chance = (numbers[n]["never seen"] for n in ("the encoder of newcomers", "chance"))
+    assert unseen["recall"]["1"] > 4 * chance["recall"]["1"]
+    assert after.spec.newcomers is not None
+    assert result["calibration"] == after.spec.newcomers.to_dict()
+
+
+def test_words_of_the_test_part_and_reserved_words_are_left_out(world: Path) -> None:
+    class WithWords(WordVectors):
+        def words(self, count: int) -> list[str]:
+            return [NAMES[i] for i in range(60)] + ["unrelated"]
+
+    asked: list[str] = []
+
+    def listen(base: str, texts: Sequence[str], layers: Sequence[str]) -> dict[str, Tensor]:
+        asked.extend(texts)
+        return activate(base, texts, layers)
+
+    settings = config(world, families=("responses",), portraits="")
+    encoder = WithWords()
+    data = load_data(settings, encoder)
+    split = split_concepts(data.concepts, data.concept_names, settings)
+    make_features(data, split.seen, settings, encoder, listen)
+    unseen = {data.concept_names[i] for i in data.concepts[split.test].tolist()}
+    assert unseen & set(NAMES[:60]) and "unrelated" in asked
+    assert not [text for text in asked if set(text.split()) & unseen]
+
+
 def test_splits_share_no_concept_and_do_not_depend_on_the_others(world: Path) -> None:
     settings = config(world)
     concepts = torch.arange(80).repeat(2)
@@ -98,6 +149,7 @@ def test_splits_share_no_concept_and_do_not_depend_on_the_others(world: Path) ->
     parts = [set(concepts[rows].tolist()) for rows in (split.fit, split.validation, split.test)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     assert sum(map(len, parts)) == 80 and 5 <= len(parts[2]) <= 28
+    assert 0 < len(parts[1]) < len(parts[0]) / 2
     fewer = split_concepts(torch.arange(40), NAMES[:40], settings)
     assert set(fewer.test.tolist()) == {i for i in parts[2] if i < 40}
 
@@ -121,7 +173,7 @@ def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
     for words in (
         "unknown key 'stpes'",
         "batch must be int",
-        "ridges must be",
+        "ridges must be tuple",
         "missing key 'out'",
     ):
         assert words in str(caught.value)
@@ -139,7 +191,7 @@ def test_the_shipped_configuration_loads() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config", "{tmp}/none.yaml"], "cannot be read"),
+        (["--config", "{tmp}/none.yaml"], "no config file"),
         (["--config", "{tmp}/c.yaml"], "does not exist"),
         (["--config", "{tmp}/c.yaml", "--set", "steps"], "KEY=VALUE"),
         (["--config", "{tmp}/c.yaml", "--set", "pool={tmp}/few"], "Only 2 of 2 LoRAs"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from autolora.errors import ConfigError
+from train.config import read_config
 
 FAMILIES = ("portraits", "weights", "both", "responses")
 
@@ -32,7 +30,10 @@ class RetrieverTrainConfig:
         response_lr: Learning rate of the text map, relative to the size of its entries.
         response_query_lr: Learning rate of the queries, likewise.
         response_temperature: Initial temperature.
-        vocabulary: Common words whose activations are learned from, beside the captions.
+        vocabulary: Common words whose activations are learned from, beside the captions; words
+            that name a concept of the test part are left out.
+        reserved: Leave out words that name the tiny world's reserved subjects, too.
+        extend: A trained retriever to keep; only its encoder of newcomers is fitted, to this pool.
         test_share: Share of concepts that training never sees.
         validation_share: Share of the remaining concepts for early stopping and calibration.
         split_seed: Changes the split by hash.
@@ -73,6 +74,8 @@ class RetrieverTrainConfig:
     response_query_lr: float = 0.05
     response_temperature: float = 0.1
     vocabulary: int = 3000
+    reserved: bool = False
+    extend: str = ""
     test_share: float = 0.2
     validation_share: float = 0.15
     split_seed: str = "0"
@@ -143,51 +146,5 @@ class RetrieverTrainConfig:
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RetrieverTrainConfig:
-    """Read settings from a YAML file.
-
-    Args:
-        path: The file.
-        overrides: Settings that replace those of the file.
-
-    Returns:
-        The settings.
-
-    Raises:
-        ConfigError: Naming every key that is unknown or missing and every value of a wrong type.
-    """
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as YAML: {str(error).splitlines()[0]}."
-        ) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold settings by name.")
-    raw = {**raw, **(overrides or {})}
-    fields = {f.name: f for f in dataclasses.fields(RetrieverTrainConfig)}
-    problems = [f"unknown key {key!r}" for key in raw if key not in fields]
-    problems += [
-        f"missing key {name!r}"
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and name not in raw
-    ]
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key in fields:
-            values[key] = _typed(str(fields[key].type), key, value, problems)
-    if problems:
-        raise ConfigError(f"{path}: " + "; ".join(problems) + ".")
-    return RetrieverTrainConfig(**values)
-
-
-def _typed(kind: str, key: str, value: Any, problems: list[str]) -> Any:
-    if kind.startswith("tuple") and isinstance(value, list):
-        number = "float" in kind
-        if all(isinstance(v, int | float if number else str) for v in value):
-            return tuple(float(v) if number else v for v in value)
-    elif kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif kind in ("int", "str", "bool") and type(value).__name__ == kind:
-        return value
-    problems.append(f"{key} must be {kind}, not {value!r}")
-    return None
+    """Read settings from a YAML file; see `train.config.read_config`."""
+    return read_config(RetrieverTrainConfig, path, overrides)

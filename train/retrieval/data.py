@@ -119,12 +119,13 @@ def load_data(config: RetrieverTrainConfig, encoder: TextEncoder) -> PoolData:
         )
     names = [min(found.captions, key=len).casefold() for found in metadata]
     concept_names = sorted(set(names))
+    number = {name: i for i, name in enumerate(concept_names)}
     texts = [caption for found in metadata for caption in found.captions]
     owners = [i for i, found in enumerate(metadata) for _ in found.captions]
     return PoolData(
         loras,
         metadata,
-        torch.tensor([concept_names.index(name) for name in names]),
+        torch.tensor([number[name] for name in names]),
         concept_names,
         texts,
         encoder.encode(texts).float(),
@@ -291,6 +292,13 @@ def _add_responses(
     """Read factors of all LoRAs; activations of words and of one in two captions."""
     rows = torch.nonzero(torch.isin(data.owners, seen))[::2, 0].tolist()
     words = encoder.words(config.vocabulary) if hasattr(encoder, "words") else []
+    unseen = set(range(len(data.concept_names))) - set(data.concepts[seen].tolist())
+    kept_out = {word for i in unseen for word in stems(data.concept_names[i])}
+    if config.reserved:
+        from train.tiny_world.subjects import reserved_words
+
+        kept_out |= {stem(word) for word in reserved_words()}
+    words = [word for word in words if stem(word) not in kept_out]
     # One in four as a caption says it, so that the map knows words in their usual company.
     said = [f"a picture of a {word}" if i % 4 == 3 else word for i, word in enumerate(words)]
     texts = list(dict.fromkeys(said + [data.captions[i] for i in rows]))

@@ -6,19 +6,23 @@ Shape legend: n LoRAs, T captions, D joined dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autolora.retrieval.calibration import Calibration, fit_calibration, standard_scores
+from autolora.retrieval.calibration import (
+    Calibration,
+    fit_calibration,
+    standard_scores,
+)
 from autolora.retrieval.metrics import Metrics, chance, evaluate
 from autolora.retrieval.records import metadata_texts
 from autolora.retrieval.retriever import Encoder, Retriever, RetrieverSpec
 from autolora.retrieval.text import TextEncoder
 from train.retrieval.config import RetrieverTrainConfig
-from train.retrieval.data import Features, PoolData, Split
+from train.retrieval.data import Features, PoolData, Split, data_hash
 from train.retrieval.fit import Candidate, PaperFit, captions_of, family_inputs, same_concept
 
 BANK = 256
@@ -44,7 +48,8 @@ def join(
     uses_weights = any(encoder.uses_weights for encoder in encoders)
     uses_responses = any(encoder.uses_responses for encoder in encoders)
     uses_portraits = any(encoder.uses_portraits for encoder in encoders)
-    banks = {key: rest.pop(key) for key in ("background", "references") if key in rest}
+    names = ("background", "references", "concepts")
+    banks = {key: rest.pop(key) for key in names if key in rest}
     spec = RetrieverSpec(
         tokens=features.tokens if uses_weights else None,
         portrait=features.portrait if uses_portraits else None,
@@ -116,15 +121,22 @@ def banks(
     Returns:
         Text vectors ``[b, D]`` and LoRA vectors ``[m, D]``.
     """
-    captions = captions_of(data, rows)
-    words = data.text[:0] if features.words is None else _evenly(features.words, BANK // 2)
-    vectors = [_evenly(data.text[captions], BANK - len(words)), words]
-    vectors = torch.cat([*vectors, text.encode(list(UNRELATED))])
-    rows = _evenly(rows, BANK)
-    return retriever.encode_text(vectors), retriever.encode_inputs(features.inputs[rows])
+    captions = data.text[captions_of(data, rows)]
+    words = captions[:0] if features.words is None else evenly(features.words, BANK // 2)
+    unrelated = text.encode(list(UNRELATED))
+    background = torch.cat([evenly(captions, BANK - len(words)), words, unrelated])
+    references = features.inputs[evenly(rows, BANK)]
+    return retriever.encode_text(background), retriever.encode_inputs(references)
 
 
-def _evenly(rows: Tensor, count: int) -> Tensor:
+def concept_names(data: PoolData, rows: Tensor) -> list[str]:
+    """Names of the concepts of some LoRAs, as prompts say them."""
+    names = {data.concept_names[i] for i in data.concepts[rows].tolist()}
+    return sorted({name.removesuffix(" style") for name in names})
+
+
+def evenly(rows: Tensor, count: int) -> Tensor:
+    """At most so many rows, at equal distances."""
     return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
 
 
@@ -142,12 +154,16 @@ def calibrate(
     queries = data.text[captions]
     positives = same_concept(data, captions, split.seen)
     if features.words is not None:
-        words = _evenly(features.words[1:], len(queries))
+        words = evenly(features.words[1:], len(queries))
         queries = torch.cat([queries, words])
         positives = torch.cat([positives, positives.new_zeros(len(words), positives.shape[1])])
     loras = retriever.encode_inputs(features.inputs[split.seen])
-    scores = standard_scores(retriever.encode_text(queries), loras, background, references)
-    return fit_calibration(scores, positives)
+    concepts = text.encode(concept_names(data, split.fit))
+    scores, known = (
+        standard_scores(retriever.encode_text(texts), loras, background, references)
+        for texts in (queries, concepts)
+    )
+    return fit_calibration(scores, positives, known)
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,17 @@ class Evaluation:
 
         self.add(method, score)
 
+    def add_search(self, method: str, retriever: Retriever) -> None:
+        """Measure a retriever with what the search makes of its vectors."""
+        inputs = self.features.inputs
+
+        def score(text: Tensor, rows: Tensor) -> Tensor:
+            loras = retriever.encode_inputs(inputs[rows])
+            known = retriever.known_log_odds(loras)
+            return retriever.judge(retriever.encode_text(text), loras, known)
+
+        self.add(method, score)
+
     def add_paper(self, paper: PaperFit) -> None:
         """Measure the paper's encoder."""
         self.add("paper's encoder", paper.scores)
@@ -258,10 +285,6 @@ def provenance(
     data: PoolData, split: Split, config: RetrieverTrainConfig, more: dict[str, Any]
 ) -> dict[str, Any]:
     """What travels with the weights."""
-    from dataclasses import asdict
-
-    from train.retrieval.data import data_hash
-
     return {
         "base_model": config.base_model,
         "portraits": data.portrait_settings,

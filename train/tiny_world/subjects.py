@@ -109,6 +109,17 @@ def is_reserved(code: int) -> bool:
     return code % RESERVED_MODULUS == RESERVED_REMAINDER
 
 
+def reserved_words() -> set[str]:
+    """Words of the names of all reserved code points, for lists of words to leave out."""
+    return {
+        word
+        for low, high in _SCANNED
+        for code in range(low, high)
+        if is_reserved(code)
+        for word in re.findall(r"[a-z]+", unicodedata.name(chr(code), "").lower())
+    }
+
+
 def _drawable(code: int, missing: bytes) -> bool:
     picture = glyph(code)
     ink = int((np.asarray(picture)[..., 3] > 0).sum())

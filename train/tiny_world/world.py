@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from autolora.errors import ConfigError
 from autolora.flux.tiny.config import TinyFluxConfig
+from train.config import read_config
 from train.lora_trainer import LoRATrainConfig
 from train.tiny_world.autoencoder import AutoencoderConfig
 from train.tiny_world.base import BaseConfig
@@ -50,31 +48,8 @@ class WorldConfig:
 
 
 def load_world_config(path: Path) -> WorldConfig:
-    """Reads the YAML file.
-
-    Raises:
-        ValueError: Naming every key that is not known, all at once.
-    """
-    raw = yaml.safe_load(path.read_text()) or {}
-    problems: list[str] = []
-    config = _fill(WorldConfig, raw, "", problems)
-    if problems:
-        raise ValueError(f"{path}: " + "; ".join(problems))
-    return config
-
-
-def _fill(kind: type[Any], raw: dict[str, Any], where: str, problems: list[str]) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in fields:
-            problems.append(f"unknown key {where}{key}")
-            continue
-        default = fields[key].default_factory
-        if isinstance(value, dict) and default is not dataclasses.MISSING:
-            value = _fill(type(default()), value, f"{where}{key}.", problems)
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+    """Read the YAML file; see `train.config.read_config`."""
+    return read_config(WorldConfig, path)
 
 
 @dataclass(frozen=True)
@@ -90,11 +65,13 @@ def split_world(config: WorldConfig) -> Split:
     """The three disjoint lists of subjects.
 
     Raises:
-        ValueError: If a shipped subject is not drawable.
+        ConfigError: If a shipped subject is not drawable.
     """
     known = {s.name for s in all_subjects()}
     unknown = [name for name in config.shipped_subjects if name not in known]
     if unknown:
-        raise ValueError(f"not among the drawable subjects: {', '.join(unknown)}")
+        raise ConfigError(
+            f"shipped_subjects are not among the drawable ones: {', '.join(unknown)}."
+        )
     names = config.shipped_subjects
     return Split(*split_subjects(config.base_subjects, len(names), names))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from autolora.errors import ConfigError
 from train.tiny_world import subjects as subjects_module
 from train.tiny_world.captions import article, caption, cover_captions, prompt
 from train.tiny_world.render import COLOURS, random_view, render
@@ -83,7 +84,7 @@ def test_captions_name_what_is_seen():
 def test_unknown_keys_are_all_named(tmp_path):
     file = tmp_path / "world.yaml"
     file.write_text("bas_subjects: 3\nbase: {stepz: 1}\n")
-    with pytest.raises(ValueError, match=r"bas_subjects.*base\.stepz"):
+    with pytest.raises(ConfigError, match=r"bas_subjects.*base\.stepz"):
         load_world_config(file)
 
 
@@ -91,5 +92,5 @@ def test_unknown_keys_are_all_named(tmp_path):
 def test_a_subject_that_cannot_be_drawn_is_refused(tmp_path):
     file = tmp_path / "world.yaml"
     file.write_text("shipped_subjects: [elephant, grue]\n")
-    with pytest.raises(ValueError, match="grue"):
+    with pytest.raises(ConfigError, match="grue"):
         split_world(load_world_config(file))
