@@ -18,7 +18,7 @@ DOCTOR_EXAMPLES = examples(
 )
 INIT_EXAMPLES = examples(
     "autolora init --model flux1-dev --pool ~/loras",
-    "autolora init --model flux1-dev --pool ~/loras --weights ~/models/my-flux.safetensors",
+    "autolora init --pool ~/loras --weights ~/models/my-flux.safetensors",
     "autolora init --model tiny --pool lora_pool/tiny --out mine.yaml",
 )
 
@@ -58,7 +58,7 @@ def init(
     """Write a configuration of your own for a base model and a pool, and index the pool."""
     from autolora.flux.template import write_config
 
-    values = _values(pool, weights)
+    values = _values(pool, model, weights)
     target = (out or Path(f"{Path(model).stem}-mine.yaml")).expanduser()
     values["name"] = target.stem
     values["index"] = f"index/{target.stem}"
@@ -67,13 +67,19 @@ def init(
     try:
         _index(target)
     except AutoLoRAError as error:
-        print_notes([f"The pool is not indexed yet: {error}"])
+        print_notes(
+            [
+                f"The pool is not indexed yet: {error}",
+                f"When that is done: autolora index --model {target}",
+            ]
+        )
         raise typer.Exit(FOUND_PROBLEMS) from error
     if config.kind != "tiny":
         print_notes([f"See what is missing and what fits with: autolora doctor --model {target}"])
 
 
-def _values(pool: Path, weights: Path | None) -> dict[str, str]:
+def _values(pool: Path, model: str, weights: Path | None) -> dict[str, str]:
+    """Checked values for the new configuration, by top-level key."""
     folder = pool.expanduser().resolve()
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {shown(pool)}; give the folder of your LoRAs.")
@@ -82,12 +88,28 @@ def _values(pool: Path, weights: Path | None) -> dict[str, str]:
         path = weights.expanduser().resolve()
         if not path.exists():
             raise ConfigError(f"There is no checkpoint {shown(weights)}; check the path.")
-        if path.is_file():
-            from autolora.flux.headers import read_header
-
-            read_header(path)
+        _check_weights(model, path)
         values["weights"] = str(path)
     return values
+
+
+def _check_weights(model: str, path: Path) -> None:
+    """Refuse what is incomplete or another model before anything is written.
+
+    Raises:
+        ConfigError: It is.
+    """
+    from autolora.flux.checkpoints import locate_part
+    from autolora.flux.config import PipelineConfig, load_config
+    from autolora.flux.headers import read_header
+    from autolora.flux.inspecting import flux_sizes
+
+    if load_config(model).kind == "tiny":
+        read_header(path)
+        return
+    transformer = locate_part(PipelineConfig("new", kind="flux1", weights=path), "transformer")
+    if transformer.complete:
+        flux_sizes(transformer)
 
 
 def _index(target: Path) -> None:
@@ -131,7 +153,7 @@ def _show_model(view: Any, found: dict[str, Any], size: str) -> None:
     files = [
         (
             entry["part"],
-            "found" if entry["found"] else "missing",
+            "found" if entry["found"] else "unusable" if entry["broken"] else "missing",
             entry["size"],
             entry["place"] or "",
         )
@@ -140,29 +162,57 @@ def _show_model(view: Any, found: dict[str, Any], size: str) -> None:
     view.print(f"\nBase model {shown(model['name'])}", markup=False)
     view.print(make_table(("part", "", "size", "place"), files))
     if found["needs"]:
-        words = {None: "?", True: "yes", False: "no"}
-        rows = [
-            (
-                need["storage"],
-                need["text_storage"],
-                need["offload"],
-                need["card_gib"],
-                need["machine_gib"],
-                words[need["fits"]],
-            )
-            for need in found["needs"]
-        ]
-        columns = ("storage", "text encoders", "offload", "card GiB", "memory GiB", "fits")
-        view.print(
-            f"\nEstimated peak at {size} (offload layers takes what is there; this is the least):"
-        )
-        view.print(make_table(columns, rows))
+        _show_needs(view, found["needs"], size)
+    if found["here"]:
+        view.print(f"\nHere: {_here(found['here'])}", markup=False)
     for problem in found["problems"]:
         view.print(f"problem: {problem}", markup=False)
     if model["command"]:
         view.print("\nGet what is missing with:", markup=False)
         # Unwrapped, so that it can be copied.
         typer.echo(model["command"])
+
+
+def _show_needs(view: Any, needs: list[dict[str, Any]], size: str) -> None:
+    rows = [
+        [
+            need["storage"],
+            "as computed" if need["text_storage"] == "auto" else need["text_storage"],
+            need["offload"],
+            f"{need['card_gib']:.1f}",
+            f"{need['machine_gib']:.1f}",
+        ]
+        for need in needs
+    ]
+    columns = ["storage", "text encoders", "offload", "card GiB", "memory GiB"]
+    if needs[0]["fits"] is None:
+        whose = "What a card would have to have free"
+    else:
+        whose = "Estimated peak"
+        columns.append("fits")
+        for row, need in zip(rows, needs, strict=True):
+            row.append("yes" if need["fits"] else "no")
+    view.print(f"\n{whose} at {size} (for offload layers the least; it uses what is there):")
+    view.print(make_table(columns, rows))
+
+
+def _here(here: dict[str, Any]) -> str:
+    """How the model would be loaded on this machine, in words."""
+    kept = f"storage {here['storage']}, computing in {here['compute']}"
+    if here["text_storage"] == "float8":
+        kept += ", float8 text encoders"
+    if not here["device"].startswith("cuda"):
+        return (
+            f"on the {here['name']} with {kept}: about {here['device_gib']:.1f} GiB of memory. "
+            "That works, but far slower than on a card."
+        )
+    limit = here["vram_limit"]
+    most = f" that may fill the card up to {limit:.1f} GiB" if limit else ""
+    waiting = f", and {here['machine_gib']:.1f} GiB of memory" if here["machine_gib"] else ""
+    return (
+        f"on {here['name']} with {kept}, offload {here['offload']}{most}: at least "
+        f"{here['device_gib']:.1f} GiB of the card{waiting}."
+    )
 
 
 def _gib(count: int | None) -> str:

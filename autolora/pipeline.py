@@ -17,7 +17,7 @@ from autolora.generation.planner import Planner
 from autolora.generation.planning import Plan
 from autolora.generation.prompts import AskedLoRA, parse_prompt
 from autolora.generation.report import Output, Report
-from autolora.generation.request import make_request
+from autolora.generation.request import check_batch, make_request
 from autolora.generation.searching import IndexState, PoolSearch
 from autolora.generation.selecting import Chosen, keep_fitting
 
@@ -174,8 +174,8 @@ class AutoLoRAPipeline:
         costs what differs.
 
         Args:
-            adapters: Pairs of strength and name in the pool, or adapter, in the order
-                ``(name, strength)``. They replace what was attached before.
+            adapters: Pairs ``(adapter, strength)``, the adapter by its name in the pool or as a
+                `LoRA`. They replace what was attached before.
             strategy: How they are fused; None is the configured one. ``merged`` changes the weights
                 themselves until `detach`, which restores them to the bit.
 
@@ -308,6 +308,7 @@ class AutoLoRAPipeline:
         seeds: Sequence[int],
         *,
         batch: int = 1,
+        drawn: Callable[[Output], None] | None = None,
         planned: Callable[[Report], None] | None = None,
         progress: Progress | None = None,
         preview: Preview | None = None,
@@ -322,7 +323,10 @@ class AutoLoRAPipeline:
             prompt: What the pictures shall show.
             seeds: Seeds of the noises.
             batch: Pictures to draw at once. With 1 every picture is the same to the byte as one
-                that is drawn alone; with more, single pixels may differ by a grey level.
+                that is drawn alone; with more, single pixels may differ by a grey level, and each
+                report names the seeds of its batch.
+            drawn: Given every picture as soon as it is there, in the order of the seeds; what it
+                raises ends the call.
             planned: Called once before the first step, with the first picture's report.
             progress: Called with steps done and steps in all, over all pictures.
             preview: As for a call; of a batch the first picture is shown.
@@ -330,20 +334,21 @@ class AutoLoRAPipeline:
             **options: The further options of a call, such as ``steps``.
 
         Returns:
-            One output per seed, in their order.
+            One output per seed, in their order; none where `drawn` was given them.
 
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
         if not seeds:
             return []
+        check_batch(batch)
         for seed in seeds:
             make_request(self.config, prompt, seed=seed)
         with self._lock:
             plan = self._planner.plan(prompt, seeds[0], **options)
             if planned is not None:
                 planned(plan.report)
-            return self._make(plan, seeds, progress, preview, preview_every, batch)
+            return self._make(plan, seeds, progress, preview, preview_every, batch, drawn)
 
     def _make(
         self,
@@ -353,6 +358,7 @@ class AutoLoRAPipeline:
         preview: Preview | None,
         preview_every: int,
         batch: int = 1,
+        drawn: Callable[[Output], None] | None = None,
     ) -> list[Output]:
         from autolora.generation.denoise import Watch
         from autolora.generation.making import make_pictures
@@ -362,4 +368,4 @@ class AutoLoRAPipeline:
             plan.chosen, report.strategy, report.notes, report.text_encoders
         )
         watch = Watch(progress, preview, preview_every)
-        return make_pictures(self.base, plan, acting, seeds, watch, batch)
+        return make_pictures(self.base, plan, acting, seeds, watch, batch, drawn)

@@ -117,3 +117,89 @@ def test_help_shows_examples(capsys) -> None:
     for command in ("doctor", "init"):
         assert main([command, "--help"]) == 0
         assert f"autolora {command}" in capsys.readouterr().out
+
+
+def test_without_a_card_doctor_tells_what_a_card_would_need(monkeypatch, capsys) -> None:
+    from autolora.flux import doctor, hardware
+    from autolora.flux.memory import GIB, all_needs
+    from autolora.flux.sizes import FLUX1_DEV
+
+    config = load_config("flux1-dev")
+    sizes = (config.memory, config.width, config.height)
+    card = [round(n.device / GIB, 1) for n in all_needs(FLUX1_DEV, *sizes, compute_bytes=2)]
+    on_cpu = next(
+        n.device
+        for n in all_needs(FLUX1_DEV, *sizes, compute_bytes=4)
+        if (n.storage, n.text_storage, n.offload) == ("float8", "float8", "none")
+    )
+    for free, fitting in ((int(on_cpu) + 1, True), (int(on_cpu) - 1, False)):
+        for module in (doctor, hardware):
+            monkeypatch.setattr(module, "machine_memory", lambda free=free: (free, free))
+        found = doctor.examine(config)
+        assert [row["card_gib"] for row in found["needs"]] == card
+        assert {row["fits"] for row in found["needs"]} == {None}, "there is no card to fit on"
+        # Without a card it runs on the CPU: in float32, with nothing offloaded.
+        assert (found["here"] is not None) is fitting
+        assert any("does not fit" in problem for problem in found["problems"]) is not fitting
+        assert main(["doctor", "--model", "flux1-dev"]) == 1
+        out = " ".join(capsys.readouterr().out.split())
+        assert "What a card would have to have free" in out and " fits " not in out
+        assert ("far slower than on a card" in out) is fitting
+
+
+def test_with_a_card_doctor_tells_how_the_model_would_be_loaded(monkeypatch, capsys) -> None:
+    from tests.flux import pretended
+
+    pretended.answer(monkeypatch, 12 * pretended.GIB)
+    assert main(["doctor", "--model", "flux1-dev"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "cuda:0: Pretended card, 11.5 GiB of 12.0 GiB free" in out and "fits" in out
+    assert "on Pretended card with storage float8, computing in bfloat16" in out
+    assert "offload layers that may fill the card up to 9." in out
+    config = load_config("flux1-dev")
+    monkeypatch.setattr("autolora.flux.config.load_config", lambda name: config)
+    object.__setattr__(config, "device", "cuda:3")
+    assert main(["doctor", "--model", "flux1-dev"]) == 1
+    assert "Device cuda:3 is not there" in " ".join(capsys.readouterr().out.split())
+
+
+def test_init_refuses_another_family_at_once(tmp_path: Path, make_pool, capsys) -> None:
+    from tests.flux.pretended import write_hollow
+
+    pool, out = make_pool(tmp_path / "pool"), tmp_path / "mine.yaml"
+    for name, keys, words in (
+        ("sdxl", ["input_blocks.0.0.weight", "label_emb.0.0.weight"], "is SDXL"),
+        ("lora", ["double_blocks.0.img_attn.qkv.lora_A.weight"], "is a LoRA, not a base model"),
+        ("t5", ["encoder.block.0.layer.0.SelfAttention.q.weight"], "is T5, a text encoder"),
+    ):
+        path = write_hollow(tmp_path / f"{name}.safetensors", dict.fromkeys(keys, (2, 2)))
+        arguments = ["init", "--pool", str(pool), "--weights", str(path), "--out", str(out)]
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err and not out.exists()
+
+
+def test_doctor_tells_unusable_files_from_missing_ones(tmp_path: Path, capsys) -> None:
+    from tests.flux.pretended import write_hollow
+
+    folder = tmp_path / "flux"
+    scaled = {"shared.weight": (2, 2), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": ()}
+    write_hollow(folder / "t5xxl_fp8_scaled.safetensors", scaled)
+    write_hollow(folder / "ae.safetensors", {"x": (4, 4)})
+    half = folder / "ae.safetensors"
+    half.write_bytes(half.read_bytes()[:-8])
+    for name in ("flux1-dev", "flux1-schnell"):
+        write_hollow(folder / f"{name}.safetensors", {"x": (1,)})
+    values = {"kind": "flux1", "weights": "flux", "checkpoint": {"base": "o/n"}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert main(["doctor", "--model", str(tmp_path / "mine.yaml"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    parts = {e["part"]: (e["found"], e["broken"]) for e in found["model"]["files"]}
+    assert parts["text_encoder_2"] == parts["vae"] == (False, True)
+    assert parts["transformer"] == parts["text_encoder"] == (False, False)
+    text = " ".join(found["problems"])
+    assert "Files are missing: text_encoder, tokenizer, tokenizer_2." in text
+    assert "each of flux1-dev.safetensors, flux1-schnell.safetensors" in text
+    assert (
+        "float8 checkpoint with separate scales" in text and "ae.safetensors is incomplete" in text
+    )
+    assert "'text_encoder/*' 'tokenizer/*' 'tokenizer_2/*'" in found["model"]["command"]

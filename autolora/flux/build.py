@@ -244,10 +244,14 @@ def _check(model: nn.Module, shapes: Shapes, where: Path) -> None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Convert a tensor that was read for this; it may be overwritten."""
+    tensor = tensor.to(device)  # first: a card converts faster than a CPU
     if dtype == FLOAT8 and tensor.dtype != FLOAT8:
-        # Beyond its range float8 has no infinity, only not-a-number.
-        tensor = tensor.clamp(-_FLOAT8_MAX, _FLOAT8_MAX)
-    return tensor.to(device=device, dtype=dtype)
+        if tensor.dtype == torch.float8_e5m2:  # which cannot be clamped
+            tensor = tensor.to(torch.bfloat16)
+        # Beyond its range float8 has no infinity, and older torch makes not-a-number of it.
+        tensor.clamp_(-_FLOAT8_MAX, _FLOAT8_MAX)
+    return tensor.to(dtype)
 
 
 def _managed(model: nn.Module, keeping: Keeping) -> nn.Module:

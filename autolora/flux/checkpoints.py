@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from autolora.errors import ConfigError, shown
@@ -19,13 +20,29 @@ from autolora.flux.config import PipelineConfig
 from autolora.flux.settings import PARTS, CheckpointSettings, HubReference, hub_reference
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+"""Sets of files of which each is a whole tokenizer."""
+_FOLDERS = ("", "text_encoders/", "clip/")
 _LAYOUT: Mapping[str, tuple[str, ...]] = {
-    "transformer": ("flux1*.safetensors", "transformer/*"),
-    "vae": ("ae.safetensors", "vae/*"),
-    **{name: (f"{name}/*",) for name in PARTS if name not in ("transformer", "vae")},
+    "transformer": (
+        "flux1*.safetensors",
+        "transformer/*",
+        "diffusion_models/flux1*.safetensors",
+        "unet/flux1*.safetensors",
+        "*.safetensors",
+    ),
+    "text_encoder": ("text_encoder/*", *(f"{f}clip_l*.safetensors" for f in _FOLDERS)),
+    "text_encoder_2": (
+        "text_encoder_2/*",
+        *(f"{f}t5xxl_fp16.safetensors" for f in _FOLDERS),
+        *(f"{f}t5xxl*.safetensors" for f in _FOLDERS),
+    ),
+    "vae": ("ae.safetensors", "vae/ae.safetensors", "vae/*"),
+    "tokenizer": ("tokenizer/*",),
+    "tokenizer_2": ("tokenizer_2/*",),
 }
-"""Where the parts of a published repository are, the first that is there wins."""
+"""Where the parts are in a published repository (the first of each row), and in the folders that
+people make of single files, ComfyUI's ``models`` among them; the first that is there wins."""
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
@@ -40,6 +57,7 @@ class Located:
         paths: Its files; the folder itself for a tokenizer.
         missing: What is not there, as names below ``place``'s folder; empty where all is.
         hub: The repository and pattern it comes from; None for a path of the user's own.
+        candidates: Files of which any could be it, where nothing tells which.
     """
 
     part: str
@@ -47,6 +65,12 @@ class Located:
     paths: tuple[Path, ...] = ()
     missing: tuple[str, ...] = ()
     hub: HubReference | None = None
+    candidates: tuple[Path, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its files are there."""
+        return bool(self.paths) and not self.missing
 
 
 def locate(config: PipelineConfig) -> dict[str, Located]:
@@ -61,24 +85,41 @@ def locate(config: PipelineConfig) -> dict[str, Located]:
     Raises:
         ConfigError: An index of shards cannot be read.
     """
-    checkpoint = with_weights(config)
-    return {part: _locate_part(checkpoint, part) for part in PARTS}
+    return {part: locate_part(config, part) for part in PARTS}
 
 
 def locate_part(config: PipelineConfig, part: str) -> Located:
-    """Find the files of one part; see `locate`."""
-    return _locate_part(with_weights(config), part)
+    """Find the files of one part; see `locate`.
+
+    A path of the user's own for the part wins, then what is in a folder given as
+    `PipelineConfig.weights`, then the hub, so that a folder of a few downloads can be completed.
+    """
+    checkpoint, weights = config.checkpoint, config.weights
+    if weights is not None and not _is_whole(weights):
+        checkpoint, weights = replace(checkpoint, transformer=str(weights)), None
+    named = getattr(checkpoint, part)
+    if weights is None or (named is not None and hub_reference(named) is None):
+        return _locate_part(checkpoint, part)
+    inside = _look_in_layout(part, weights, None)
+    if inside.paths or inside.candidates:
+        return inside
+    elsewhere = _locate_part(checkpoint, part)
+    return inside if elsewhere.place is None else elsewhere
 
 
 def require(config: PipelineConfig, located: Iterable[Located]) -> None:
     """Make sure that parts are there.
 
     Raises:
-        ConfigError: Some are not; the message has the command that gets them.
+        ConfigError: Some are not, and the message has the command that gets them; or several files
+            could be one part.
     """
-    absent = [entry for entry in located if entry.missing or not entry.paths]
+    absent = [entry for entry in located if not entry.complete]
     if not absent:
         return
+    unclear = next((entry for entry in absent if entry.candidates), None)
+    if unclear is not None:
+        raise ConfigError(f"Base model {shown(config.name)} is not clear: {several(unclear)}.")
     folder = hub_folder(config.checkpoint)
     words = ", ".join(_absence(entry) for entry in absent if entry.hub is None)
     awaited = ", ".join(
@@ -95,6 +136,16 @@ def require(config: PipelineConfig, located: Iterable[Located]) -> None:
     raise ConfigError(f"Base model {shown(config.name)} lacks files: {words}; {todo}.")
 
 
+def several(entry: Located) -> str:
+    """Say which files could all be a part, and how to choose one."""
+    names = ", ".join(shown(path.name, 80) for path in entry.candidates[:4])
+    folder = shown(entry.candidates[0].parent)
+    return (
+        f"each of {names} in {folder} could be the {entry.part}; write the path of one behind "
+        f"`{entry.part}:` below `checkpoint:` in the configuration"
+    )
+
+
 def download_command(config: PipelineConfig, located: Iterable[Located]) -> str | None:
     """Write the shell command that gets missing parts to where they are looked for.
 
@@ -107,7 +158,7 @@ def download_command(config: PipelineConfig, located: Iterable[Located]) -> str 
     """
     by_repository: dict[str, list[str]] = {}
     for entry in located:
-        if (entry.missing or not entry.paths) and entry.hub is not None:
+        if not entry.complete and entry.hub is not None:
             patterns = by_repository.setdefault(entry.hub.id, [])
             patterns.append(entry.hub.pattern or "*")
     folder = hub_folder(config.checkpoint)
@@ -133,7 +184,7 @@ def download(config: PipelineConfig, located: Iterable[Located]) -> None:
     from diffsynth.core import ModelConfig
 
     for entry in located:
-        if entry.hub is None or (entry.paths and not entry.missing):
+        if entry.hub is None or entry.complete:
             continue
         model = ModelConfig(
             model_id=entry.hub.id,
@@ -157,14 +208,12 @@ def hub_folder(checkpoint: CheckpointSettings) -> Path:
     return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or checkpoint.folder)
 
 
-def with_weights(config: PipelineConfig) -> CheckpointSettings:
-    """The checkpoint settings with `PipelineConfig.weights` put where it belongs."""
-    if config.weights is None:
-        return config.checkpoint
-    whole = any((config.weights / name).exists() for name in (*PARTS, "ae.safetensors"))
-    if config.weights.is_dir() and (whole or not _weight_files(config.weights)[0]):
-        return replace(config.checkpoint, base=str(config.weights), transformer=None)
-    return replace(config.checkpoint, transformer=str(config.weights))
+def _is_whole(weights: Path) -> bool:
+    """Whether a path holds several parts of a model, not just the transformer."""
+    if not weights.is_dir():
+        return False
+    parts = any((weights / name).exists() for name in (*PARTS, "ae.safetensors"))
+    return parts or not _weight_files(weights)[0]
 
 
 def _locate_part(checkpoint: CheckpointSettings, part: str) -> Located:
@@ -198,24 +247,37 @@ def _look_in_hub(checkpoint: CheckpointSettings, part: str, reference: HubRefere
 
 
 def _look_in_layout(part: str, root: Path, repository: HubReference | None) -> Located:
-    """Look for a part where published repositories have it."""
+    """Look for a part where published repositories, or folders of single files, have it."""
     patterns = _LAYOUT[part]
+    several: list[Path] = []
     for pattern in patterns:
         hub = None if repository is None else HubReference(repository.id, pattern)
-        folder = pattern.endswith("/*")
-        found = [root / pattern[:-2]] if folder else sorted(root.glob(pattern))
+        found = _matching(root, pattern)
         if len(found) == 1 and found[0].exists():
             located = _look(part, found[0], hub)
             if located.paths or located.missing:
                 return located
+        several = several or (found if len(found) > 1 else [])
     # Where a repository has both layouts, the single file is what is asked for.
     hub = None if repository is None else HubReference(repository.id, patterns[0])
-    return Located(part, root / patterns[0], missing=(patterns[0],), hub=hub)
+    place = root / patterns[0]
+    return Located(part, place, missing=(patterns[0],), hub=hub, candidates=tuple(several))
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    """Files that match, or the folder of a pattern that takes all of one."""
+    if pattern.endswith("/*"):
+        return [root / pattern[:-2]]
+    found = sorted(root.glob(pattern))
+    if pattern == "*.safetensors":  # whatever the transformer is called, the others have names
+        known = [name for part, names in _LAYOUT.items() if part != "transformer" for name in names]
+        found = [file for file in found if not any(fnmatch(file.name, name) for name in known)]
+    return found
 
 
 def _look(part: str, place: Path, hub: HubReference | None) -> Located:
     if part in TOKENIZERS:
-        there = any((place / name).is_file() for name in _TOKENIZER_FILES)
+        there = any(all((place / n).is_file() for n in names) for names in _TOKENIZER_FILES)
         return Located(part, place, (place,) if there else (), () if there else (part,), hub)
     if place.is_file():
         return Located(part, place, (place,), (), hub)

@@ -308,21 +308,26 @@ def load_config(source: str | Path) -> PipelineConfig:
     values["checkpoint"] = _rooted(values.get("checkpoint", CheckpointSettings()), root)
     for key in ("weights", "pool", "index", "encoder", "gate"):
         value = values.get(key, PipelineConfig.__dataclass_fields__[key].default)
-        values[key] = None if value is None else root / Path(value).expanduser()
+        values[key] = None if value is None else _absolute(root, value)
     return PipelineConfig(**values)
 
 
 def _rooted(checkpoint: CheckpointSettings, root: Path) -> CheckpointSettings:
     """Make paths absolute; what is neither there nor a path stays a hub reference."""
-    changes: dict[str, Any] = {"folder": root / checkpoint.folder.expanduser()}
+    changes: dict[str, Any] = {"folder": _absolute(root, checkpoint.folder)}
     for part in ("base", *PARTS):
         text = getattr(checkpoint, part)
         if text is None:
             continue
-        path = root / Path(text).expanduser()
+        path = _absolute(root, text)
         if path.exists() or hub_reference(text) is None:
             changes[part] = str(path)
     return dataclasses.replace(checkpoint, **changes)
+
+
+def _absolute(root: Path, path: str | Path) -> Path:
+    """A path in a configuration without ``~`` and ``..``; links stay as they are written."""
+    return Path(os.path.abspath(root / Path(path).expanduser()))
 
 
 def _root(path: Path) -> Path:

@@ -38,11 +38,15 @@ def _matching(*patterns: str) -> Callable[[Collection[str]], bool]:
     return lambda keys: any(regex.search(key) for key in keys for regex in regexes)
 
 
-_OTHERS: tuple[tuple[str, Callable[[Collection[str]], bool]], ...] = (
-    ("a LoRA, not a base model", _matching(r"\.lora_[AB]\.", r"\.lora_(down|up)\.", r"\.lokr_w")),
+_Rules = tuple[tuple[str, Callable[[Collection[str]], bool]], ...]
+_PACKED: _Rules = (
     ("a checkpoint packed by Nunchaku", _matching(r"\.(qweight|wscales)$")),
     ("a checkpoint packed to 4 bits by bitsandbytes", _matching(r"\.quant_state\.bitsandbytes")),
     ("a float8 checkpoint with separate scales", _matching(r"\.(scale_weight|weight_scale)$")),
+)
+_OTHERS: _Rules = (
+    ("a LoRA, not a base model", _matching(r"\.lora_[AB]\.", r"\.lora_(down|up)\.", r"\.lokr_w")),
+    *_PACKED,
     ("FLUX.2", _matching(r"^double_stream_modulation_img\.(lin|linear)\.")),
     ("Chroma", _matching(r"^distilled_guidance_layer\.")),
     ("HunyuanVideo", _matching(r"^txt_in\.individual_token_refiner", r"^context_embedder\.token_")),
@@ -89,7 +93,7 @@ def check_transformer(tensors: Mapping[str, TensorInfo], path: Path) -> Layout:
         ``bfl`` or ``diffusers``.
 
     Raises:
-        ConfigError: It is no FLUX.1 transformer, or one for another task.
+        ConfigError: It is no FLUX.1 transformer, one for another task, or packed.
     """
     family = other_family(tensors)
     if family is not None:
@@ -101,6 +105,7 @@ def check_transformer(tensors: Mapping[str, TensorInfo], path: Path) -> Layout:
             f"{shown(path)} is not a FLUX.1 transformer (its tensors are named {few}, ...); "
             "give a FLUX.1 checkpoint."
         )
+    check_plain(tensors, path)
     taken = tensors.get(_INPUT[layout])
     if taken is not None and len(taken.shape) == 2 and taken.shape[1] != _LATENT_INPUT:
         raise ConfigError(
@@ -109,6 +114,28 @@ def check_transformer(tensors: Mapping[str, TensorInfo], path: Path) -> Layout:
             "or a model made from them."
         )
     return layout
+
+
+def check_plain(tensors: Mapping[str, TensorInfo], path: Path) -> None:
+    """Refuse numbers that mean something only together with others.
+
+    Args:
+        tensors: The tensors of any part of a model.
+        path: For messages.
+
+    Raises:
+        ConfigError: Weights are packed, or no floating point numbers at all.
+    """
+    kind = next((kind for kind, matches in _PACKED if matches(tensors)), None)
+    wrong = [
+        name for name, info in tensors.items() if name.endswith(".weight") and not info.floating
+    ]
+    if kind is None and wrong:
+        kind = f"packed ({shown(wrong[0], 80)} holds {shown(tensors[wrong[0]].dtype, 20)} numbers)"
+    if kind is not None:
+        raise ConfigError(
+            f"{shown(path)} is {kind}; give the same in float16, bfloat16 or plain float8."
+        )
 
 
 def other_family(names: Collection[str]) -> str | None:

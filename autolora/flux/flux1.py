@@ -27,8 +27,9 @@ from autolora.errors import ConfigError, shown
 from autolora.flux import build
 from autolora.flux.checkpoints import Located, download, locate, locate_part, require
 from autolora.flux.config import PACKED_STORAGES, PipelineConfig
+from autolora.flux.families import check_plain
 from autolora.flux.hardware import hardware_of, machine_memory
-from autolora.flux.headers import read_headers
+from autolora.flux.headers import TensorInfo, read_headers
 from autolora.flux.inspecting import PartFiles, model_sizes, read_transformer
 from autolora.flux.layers import linear_layers, parse_layer
 from autolora.flux.memory import plan_memory
@@ -125,10 +126,10 @@ def _find(config: PipelineConfig, names: Iterable[str] | None) -> dict[str, Loca
         return locate(config) if names is None else {n: locate_part(config, n) for n in names}
 
     located = look()
-    if config.checkpoint.download and any(e.missing or not e.paths for e in located.values()):
+    if config.checkpoint.download and not all(e.complete for e in located.values()):
         download(config, located.values())
         located = look()
-    if names is not None and any(e.missing or not e.paths for e in located.values()):
+    if names is not None and not all(e.complete for e in located.values()):
         # Everything that a picture is going to need, so that one command gets it all.
         require(config, locate(config).values())
     require(config, located.values())
@@ -146,8 +147,14 @@ def _read_parts(located: Mapping[str, Located]) -> dict[str, PartFiles]:
     }
 
 
-def _read_clip(located: Located) -> PartFiles:
+def _read_plain(located: Located) -> dict[str, TensorInfo]:
     tensors = read_headers(located.paths)
+    check_plain(tensors, located.paths[0])
+    return tensors
+
+
+def _read_clip(located: Located) -> PartFiles:
+    tensors = _read_plain(located)
     names = {
         name if name.startswith("text_model.") else f"text_model.{name}": name for name in tensors
     }
@@ -161,7 +168,7 @@ def _read_clip(located: Located) -> PartFiles:
 
 
 def _read_t5(located: Located) -> PartFiles:
-    tensors = read_headers(located.paths)
+    tensors = _read_plain(located)
     table = "shared.weight" if "shared.weight" in tensors else "encoder.embed_tokens.weight"
     if table not in tensors or not any(name.startswith("encoder.block.") for name in tensors):
         raise ConfigError(f"{shown(located.paths[0])} is not a T5 text encoder.")
@@ -171,7 +178,7 @@ def _read_t5(located: Located) -> PartFiles:
 
 
 def _read_vae(located: Located, convert: Callable[[dict[str, str]], dict[str, str]]) -> PartFiles:
-    tensors = read_headers(located.paths)
+    tensors = _read_plain(located)
     recipes = autoencoder_names(tensors)
     renamed = convert({name: name for name in recipes})
     if not renamed:

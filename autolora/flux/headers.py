@@ -14,11 +14,7 @@ from autolora.errors import ConfigError, shown
 MAX_HEADER_BYTES = 100_000_000
 """Longest header that safetensors itself accepts."""
 
-_DTYPE_BYTES: Mapping[str, int] = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-}
+_FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 _OTHER_SUFFIXES: Mapping[str, str] = {
     ".gguf": "a GGUF file",
@@ -49,9 +45,9 @@ class TensorInfo:
         return math.prod(self.shape)
 
     @property
-    def bytes(self) -> int:
-        """Bytes in the file."""
-        return self.size * _DTYPE_BYTES.get(self.dtype, 1)
+    def floating(self) -> bool:
+        """Whether its elements are floating point numbers."""
+        return self.dtype in _FLOATING
 
 
 def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:

@@ -82,7 +82,7 @@ def model_sizes(located: Mapping[str, Located]) -> ModelSizes:
     Raises:
         ConfigError: A file is incomplete or of another model, or they do not belong together.
     """
-    there = {name: entry for name, entry in located.items() if entry.paths and not entry.missing}
+    there = {name: entry for name, entry in located.items() if entry.complete}
     flux = flux_sizes(there["transformer"]) if "transformer" in there else FLUX1_DEV.flux
     headers: dict[str, Mapping[str, TensorInfo]] = {
         name: read_headers(there[name].paths)

@@ -9,6 +9,7 @@ tiny model far less. Nothing here needs torch.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
@@ -130,6 +131,7 @@ LAYER_TYPES: Mapping[str, LayerType] = MappingProxyType(
 _BLOCK_INDEX = re.compile(r"(?<=blocks\.)(0|[1-9]\d{0,5})(?=\.)", re.ASCII)
 
 
+@lru_cache(maxsize=4096)
 def parse_layer(name: str) -> LayerName | None:
     """Take a canonical layer name apart.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from autolora.errors import ConfigError, shown
-from autolora.flux.config import PipelineConfig
+from autolora.flux.config import PACKED_STORAGES, PipelineConfig
 from autolora.flux.hardware import Hardware
 from autolora.flux.settings import MemorySettings
 from autolora.flux.sizes import ModelSizes
@@ -36,6 +36,10 @@ TOKEN_ACTIVATIONS = 40
 """Vectors of the model's width that a token needs at the peak of a block."""
 DECODER_ACTIVATIONS = 9
 """Maps of the picture's full size, with twice the channels of the last stage, while decoding."""
+TILE_PIXELS = 512
+"""Side of the tiles that a tiled decoder works on."""
+PREVIEW_PIXELS = 512
+"""Longest side of a preview, which is decoded while the transformer is on the card."""
 RESERVE = 0.6 * GIB
 """The CUDA context, libraries' workspaces, and what is lost to fragmentation."""
 FRAME = 2 * GIB
@@ -86,6 +90,8 @@ def estimate(
     Returns:
         Peak use.
     """
+    if storage in ("bfloat16", "float32"):  # which are computed in as they are
+        compute_bytes = int(STORED_BYTES[storage])
     flux = part_bytes(sizes.flux.parameters, storage, compute_bytes)
     text_storage = "float8" if memory.text_storage == "float8" else ""
     texts = part_bytes(sizes.text_encoder + sizes.text_encoder_2, text_storage, compute_bytes)
@@ -164,33 +170,22 @@ def plan_memory(
         ConfigError: What is configured does not fit; the message says what each option needs.
     """
     memory = config.memory
+    options = [replace(memory, offload=choice) for choice in _offloads(memory, storage, hardware)]
+    needs = [
+        estimate(sizes, storage, option, config.width, config.height, compute_bytes)
+        for option in options
+    ]
+    fitting = [i for i, need in enumerate(needs) if need.fits(hardware)]
+    if not fitting:
+        raise _too_little(config, sizes, hardware, needs[-1], compute_bytes)
+    settled, waiting = options[fitting[0]], needs[fitting[0]].machine
+    notes = []
     if hardware.capability is None:
-        settled = replace(memory, offload="none", vram_limit=None)
-        needs = [estimate(sizes, storage, settled, config.width, config.height, compute_bytes)]
-        notes = []
         if memory.offload in ("parts", "layers"):
             notes = [f"Nothing is offloaded: the model runs on the {hardware.name}."]
-    else:
-        choices = [memory.offload]
-        if memory.offload == "auto":
-            packed = storage in ("nf4", "torchao_float8", "torchao_float8_dynamic")
-            choices = ["none", "parts"] if packed else ["none", "parts", "layers"]
-            if memory.vram_limit is not None:
-                choices = ["layers"]
-        options = [replace(memory, offload=choice) for choice in choices]
-        needs = [
-            estimate(sizes, storage, option, config.width, config.height, compute_bytes)
-            for option in options
-        ]
-        settled = next(
-            (o for o, need in zip(options, needs, strict=True) if need.fits(hardware)), options[-1]
-        )
-        notes = []
-        if memory.offload == "auto" and settled.offload != "none":
-            notes = [f"Memory: {_OFFLOAD_WORDS[settled.offload]} (memory.offload: auto)."]
-    if not any(need.fits(hardware) for need in needs):
-        raise _too_little(config, sizes, hardware, needs[-1], compute_bytes)
-    waiting = next(need for need in needs if need.offload == settled.offload).machine
+        settled = replace(settled, vram_limit=None)
+    elif memory.offload == "auto" and settled.offload != "none":
+        notes = [f"Memory: {_OFFLOAD_WORDS[settled.offload]} (memory.offload: auto)."]
     if machine_free is not None and waiting > machine_free:
         raise ConfigError(
             f"Base model {shown(config.name)} does not fit: with offload {settled.offload} about "
@@ -199,11 +194,30 @@ def plan_memory(
             "memory.text_storage float8."
         )
     if settled.offload == "layers" and settled.vram_limit is None and hardware.total is not None:
-        step = _step_bytes(sizes, config.width, config.height, compute_bytes)
-        decode = _decode_bytes(sizes, settled, config.width, config.height, compute_bytes)
-        room = hardware.total - max(step, decode) - RESERVE
+        room = hardware.total - _beside_layers(config, sizes, compute_bytes) - RESERVE
         settled = replace(settled, vram_limit=max(room, GIB / 2) / GIB)
     return settled, notes
+
+
+def _offloads(memory: MemorySettings, storage: str, hardware: Hardware) -> list[str]:
+    """What may be offloaded, the fastest first."""
+    if hardware.capability is None:
+        return ["none"]
+    if memory.offload != "auto":
+        return [memory.offload]
+    if memory.vram_limit is not None:
+        return ["layers"]
+    return ["none", "parts"] if storage in PACKED_STORAGES else ["none", "parts", "layers"]
+
+
+def _beside_layers(config: PipelineConfig, sizes: ModelSizes, compute_bytes: int) -> float:
+    """Bytes that a card must have beside the layers that stay on it: for a step, or a preview.
+
+    The finished picture is decoded when the transformer has left.
+    """
+    step = _step_bytes(sizes, config.width, config.height, compute_bytes)
+    width, height = (min(side, PREVIEW_PIXELS) for side in (config.width, config.height))
+    return max(step, _decode_bytes(sizes, config.memory, width, height, compute_bytes))
 
 
 _OFFLOAD_WORDS = {
@@ -216,22 +230,24 @@ def _too_little(
     config: PipelineConfig, sizes: ModelSizes, hardware: Hardware, need: Need, compute_bytes: int
 ) -> ConfigError:
     others = all_needs(sizes, config.memory, config.width, config.height, compute_bytes)
+    card = hardware.capability is not None
     rows = [
-        f"{_words(other)} {other.device / GIB:.1f}"
+        f"{_words(other, card)} {other.device / GIB:.1f}"
         for other in others
-        if hardware.capability is not None or other.offload == "none"
+        if card or other.offload == "none"
     ]
+    keys = "storage, memory.offload and" if card else "storage and"
     return ConfigError(
-        f"Base model {shown(config.name)} does not fit: {_words(need)} needs about "
+        f"Base model {shown(config.name)} does not fit: {_words(need, card)} needs about "
         f"{need.device / GIB:.1f} GiB at {config.width}x{config.height}, and {hardware.name} has "
-        f"{(hardware.free or 0) / GIB:.1f} GiB free; in GiB, {', '.join(rows)}; choose storage, "
-        "memory.offload and memory.text_storage by that, or a smaller size."
+        f"{(hardware.free or 0) / GIB:.1f} GiB free; in GiB, {', '.join(rows)}; choose {keys} "
+        "memory.text_storage by that, or a smaller size."
     )
 
 
-def _words(need: Need) -> str:
+def _words(need: Need, card: bool) -> str:
     text = " with float8 text encoders" if need.text_storage == "float8" else ""
-    return f"{need.storage}{text} and offload {need.offload}"
+    return f"{need.storage}{text}" + (f" and offload {need.offload}" if card else "")
 
 
 def _step_bytes(sizes: ModelSizes, width: int, height: int, compute_bytes: int) -> float:
@@ -251,7 +267,3 @@ def _decode_bytes(
     if memory.tiled:
         pixels = min(pixels, TILE_PIXELS**2)
     return float(DECODER_ACTIVATIONS * 2 * sizes.vae_channels * pixels * compute_bytes)
-
-
-TILE_PIXELS = 512
-"""Side of the tiles that a tiled decoder works on."""

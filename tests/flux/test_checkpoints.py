@@ -39,7 +39,7 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]], cut: int = 0) -> Path:
 def test_headers_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"x": (2, 3), "y": ()})
     assert read_header(path) == {"x": TensorInfo("BF16", (2, 3)), "y": TensorInfo("BF16", ())}
-    assert read_header(path)["x"].size == 6 and read_header(path)["x"].bytes == 12
+    assert read_header(path)["x"].size == 6 and read_header(path)["y"].size == 1
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,101 @@ def test_a_published_folder_has_all_parts(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(entry.missing for entry in locate(by_hub).values())
 
 
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (
+            ["flux1-dev-fp8", "clip_l", "t5xxl_fp8_e4m3fn", "ae"],
+            ["flux1-dev-fp8", "clip_l", "t5xxl_fp8_e4m3fn", "ae"],
+        ),
+        (
+            ["unet/flux1-dev", "clip/clip_l", "clip/t5xxl_fp16", "clip/t5xxl_x", "vae/ae", "vae/x"],
+            ["unet/flux1-dev", "clip/clip_l", "clip/t5xxl_fp16", "vae/ae"],
+        ),
+        (
+            ["diffusion_models/flux1-x", "text_encoders/clip_l", "text_encoders/t5xxl", "ae"],
+            ["diffusion_models/flux1-x", "text_encoders/clip_l", "text_encoders/t5xxl", "ae"],
+        ),
+        (["majicflus_v134", "clip_l", "t5xxl", "ae"], ["majicflus_v134", "clip_l", "t5xxl", "ae"]),
+    ],
+)
+def test_folders_of_single_files_are_understood(tmp_path: Path, files, found) -> None:
+    """As people download them, ComfyUI's ``models`` among them; tokenizers come from the hub."""
+    root = tmp_path / "my files"
+    for name in files:
+        write(root / f"{name}.safetensors", {"x": (1,)})
+    checkpoint = CheckpointSettings(base="o/n", folder=tmp_path / "models")
+    config = PipelineConfig("a", kind="flux1", weights=root, checkpoint=checkpoint)
+    located = locate(config)
+    expected = [(root / f"{name}.safetensors",) for name in found]
+    parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
+    assert [located[part].paths for part in parts] == expected
+    command = download_command(config, located.values()) or ""
+    assert "--include 'tokenizer/*' 'tokenizer_2/*' --local_dir" in command
+
+
+def test_the_users_own_path_wins_over_the_folder_and_the_folder_over_the_hub(tmp_path) -> None:
+    root = published(tmp_path / "m")
+    other = write(tmp_path / "other.safetensors", {"x": (1,)})
+    hub = published(tmp_path / "models" / "o" / "n")
+    checkpoint = CheckpointSettings(
+        base="o/n", vae=str(other), text_encoder="o/n:text_encoder/*", folder=tmp_path / "models"
+    )
+    config = PipelineConfig("a", kind="flux1", weights=root, checkpoint=checkpoint)
+    located = locate(config)
+    assert located["vae"].paths == (other,)
+    assert located["text_encoder"].paths == (root / "text_encoder" / "model.safetensors",)
+    (root / "flux1-dev.safetensors").unlink()
+    alone = locate(replace(config, checkpoint=CheckpointSettings()))["transformer"]
+    assert alone.place == root / "flux1*.safetensors" and not alone.complete
+    assert locate(config)["transformer"].paths == (hub / "flux1-dev.safetensors",)
+
+
+def test_two_files_for_one_part_have_to_be_chosen_from(tmp_path: Path) -> None:
+    root = published(tmp_path / "m")
+    second = write(root / "flux1-schnell.safetensors", {"x": (1,)})
+    config = PipelineConfig("a", kind="flux1", weights=root)
+    words = r"each of flux1-dev.safetensors, flux1-schnell.safetensors .* `transformer:`"
+    hub = CheckpointSettings(base="o/n", folder=tmp_path / "models")
+    published(tmp_path / "models" / "o" / "n")
+    for unclear in (config, replace(config, checkpoint=hub)):
+        with pytest.raises(ConfigError, match=words):
+            require(unclear, locate(unclear).values())
+    config = replace(config, checkpoint=CheckpointSettings(transformer=str(second)))
+    require(config, locate(config).values())
+    assert locate(config)["transformer"].paths == (second,)
+
+
+def test_half_a_tokenizer_is_missing(tmp_path: Path) -> None:
+    root = published(tmp_path / "m")
+    (root / "tokenizer" / "tokenizer.json").rename(root / "tokenizer" / "vocab.json")
+    config = PipelineConfig("a", kind="flux1", weights=root)
+    assert not locate(config)["tokenizer"].complete
+    (root / "tokenizer" / "merges.txt").touch()
+    assert locate(config)["tokenizer"].complete
+
+
+INFO = TensorInfo("U8", (1,))
+
+
+def test_packed_weights_of_any_part_are_refused() -> None:
+    from autolora.flux.families import check_plain
+
+    plain = {"a.weight": TensorInfo("F8_E5M2", (1,)), "a.position_ids": TensorInfo("I64", (1,))}
+    check_plain(plain, Path("x"))
+    for name, dtype, words in (
+        ("a.scale_weight", "F32", "separate scales"),
+        ("a.weight.quant_state.bitsandbytes__nf4", "U8", "4 bits"),
+        ("b.weight", "U8", r"packed \(b.weight holds U8 numbers\)"),
+        ("b.weight", "I8", r"packed \(b.weight holds I8 numbers\)"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_plain({**plain, name: TensorInfo(dtype, (1,))}, Path("x"))
+    nf4 = {"a.weight": TensorInfo("U8", (1,)), "a.weight.quant_state.bitsandbytes__nf4": INFO}
+    with pytest.raises(ConfigError, match="4 bits by bitsandbytes"):
+        check_plain(nf4, Path("x"))
+
+
 def test_both_layouts_in_one_folder_are_read_as_single_files(tmp_path: Path) -> None:
     root = published(tmp_path / "m")
     write(root / "transformer" / "diffusion_pytorch_model.safetensors", {"x": (1,)})
@@ -147,6 +242,15 @@ def test_missing_shards_without_an_index_are_told_by_their_names(tmp_path: Path)
     checkpoint = CheckpointSettings(transformer=str(folder))
     located = locate(PipelineConfig("a", kind="flux1", checkpoint=checkpoint))["transformer"]
     assert located.missing == ("m-00001-of-00003.safetensors", "m-00002-of-00003.safetensors")
+    first = write(folder / "m-00001-of-00003.safetensors", {"x": (1,)})
+    (folder / "m-00003-of-00003.safetensors").rename(folder / "m-00002-of-00003.safetensors")
+    located = locate(PipelineConfig("a", kind="flux1", checkpoint=checkpoint))["transformer"]
+    assert located.missing == ("m-00003-of-00003.safetensors",)
+    weights = {"a": first.name, "b": "gone.safetensors"}
+    index = json.dumps({"weight_map": weights})
+    (folder / "m.safetensors.index.json").write_text(index, encoding="utf-8")
+    located = locate(PipelineConfig("a", kind="flux1", checkpoint=checkpoint))["transformer"]
+    assert (located.paths, located.missing) == ((first,), ("gone.safetensors",))
 
 
 @pytest.mark.parametrize("name", ["flux1-dev", "flux1-schnell", "majicflus"])

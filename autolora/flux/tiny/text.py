@@ -104,10 +104,13 @@ class MiniLM(nn.Module):
 
     def encode(self, texts: list[str]) -> Tensor:
         """Unit sentence vectors [B, D] of texts."""
-        vectors = [
-            self.states(self.tokenize(texts[i : i + 128]))[1] for i in range(0, len(texts), 128)
-        ]
-        return torch.cat(vectors) if vectors else torch.zeros(0, self.dim)
+        vectors = torch.zeros(len(texts), self.dim)
+        # Texts of like length together: each batch is padded to its longest.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(order), 128):
+            rows = order[start : start + 128]
+            vectors[rows] = self.states(self.tokenize([texts[i] for i in rows]))[1].to(vectors)
+        return vectors
 
     def token_states(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """What the tiny FLUX reads: states [B, L, D] and pooled vectors [B, D] at unit variance."""
