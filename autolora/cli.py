@@ -8,7 +8,9 @@ so that ``--help`` is quick.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -16,18 +18,10 @@ from typing import Annotated
 import typer
 
 import autolora
-from autolora import cli_doctor, cli_generate, cli_serve, cli_show
-from autolora.cli_options import (
-    INTERRUPTED,
-    WRONG_INPUT,
-    AsJson,
-    Model,
-    PoolFolder,
-    examples,
-    open_pipeline,
-)
+from autolora import cli_doctor, cli_generate, cli_search, cli_serve, cli_show
+from autolora.cli_options import FOUND_PROBLEMS, INTERRUPTED, WRONG_INPUT, examples
 from autolora.cli_pool import pool_app
-from autolora.cli_view import IndexBar, fail, print_json, print_notes, show_hits
+from autolora.cli_view import fail
 from autolora.errors import AutoLoRAError
 
 app = typer.Typer(
@@ -42,13 +36,25 @@ app = typer.Typer(
     + "\n\nExit status: 0 done, 1 problems found, 2 wrong input, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes would take the columns that examples need
 )
+# In the order of the help, which has groups last: pictures, finding LoRAs, setting up.
 app.command("generate", epilog=cli_generate.EXAMPLES)(cli_generate.generate)
 app.command("show", epilog=cli_show.EXAMPLES)(cli_show.show)
-app.command("doctor", epilog=cli_doctor.DOCTOR_EXAMPLES)(cli_doctor.doctor)
-app.command("init", epilog=cli_doctor.INIT_EXAMPLES)(cli_doctor.init)
-app.add_typer(pool_app, name="pool")
 app.command("serve", epilog=cli_serve.EXAMPLES)(cli_serve.serve)
+app.command("search", epilog=cli_search.SEARCH_EXAMPLES)(cli_search.search)
+app.add_typer(pool_app, name="pool")
+app.command("index", epilog=cli_search.INDEX_EXAMPLES)(cli_search.index)
+app.command(
+    "doctor",
+    epilog=cli_doctor.DOCTOR_EXAMPLES,
+    short_help="Say what is installed, what is missing, and what fits.",
+)(cli_doctor.doctor)
+app.command(
+    "init",
+    epilog=cli_doctor.INIT_EXAMPLES,
+    short_help="Write a configuration for your model and your LoRAs.",
+)(cli_doctor.init)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,24 +70,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = None if arguments is None else list(arguments)
         status = app(args=given, prog_name="autolora", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be said
     except AutoLoRAError as error:
         return fail(str(error), WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted.", INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe went away; nothing is left to be said to it.
-        sys.stderr.close()
-        return 1
+        _drop_output()
+        return FOUND_PROBLEMS
     except Exception as error:
-        # What typer raises for unknown options and the like knows how to say it.
-        sentence = getattr(error, "format_message", None)
-        if sentence is None:
-            raise
-        return fail(f"{sentence().rstrip('.')}; see autolora --help.", WRONG_INPUT)
+        return _fail_with(error)
     if status == INTERRUPTED:
         # Some versions of typer turn Ctrl-C into this status themselves, without a word.
         return fail("interrupted.", INTERRUPTED)
     return status if isinstance(status, int) else 0
+
+
+def _fail_with(error: Exception) -> int:
+    """Say what typer found wrong with the command line; any other error goes on as it is."""
+    sentence = getattr(error, "format_message", None)
+    if sentence is not None:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(sentence(), file=sys.stderr)
+            return WRONG_INPUT
+        command = getattr(getattr(error, "ctx", None), "command_path", "autolora")
+        return fail(f"{sentence().rstrip('.')}; see {command} --help.", WRONG_INPUT)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _drop_output()
+        return fail("no space is left where the output goes.", FOUND_PROBLEMS)
+    raise error
+
+
+def _drop_output() -> None:
+    """Let what is still to be written go nowhere, so that the end of the process stays silent."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_anything() -> None:
@@ -102,60 +127,6 @@ def root(
     if version:
         typer.echo(f"autolora {autolora.__version__}")
         raise typer.Exit()
-
-
-@app.command(
-    epilog=examples(
-        'autolora search "something that glows"',
-        'autolora search "a dragon" -k 20 --json',
-        'autolora search "a dragon" --pool ~/loras',
-    )
-)
-def search(
-    prompt: Annotated[str, typer.Argument(help="What the picture shall show.")],
-    k: Annotated[int, typer.Option("-k", help="How many hits at most.")] = 5,
-    model: Model = "tiny",
-    pool: PoolFolder = None,
-    as_json: AsJson = False,
-) -> None:
-    """Rank the pool for a prompt, with scores and reasons."""
-    from autolora.generation.prompts import parse_prompt
-
-    parse_prompt(prompt)
-    pipe = open_pipeline(model, pool)
-    with IndexBar() as bar:
-        pipe.open_index(bar.update)
-    hits = pipe.search(prompt, k)
-    chosen = {hit.name for hit in pipe.choose(prompt)}
-    show_hits(hits, chosen, as_json)
-
-
-@app.command(
-    epilog=examples(
-        "autolora index",
-        "autolora index --rebuild",
-        "autolora index --pool ~/loras --json",
-    )
-)
-def index(
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Encode every file again.")] = False,
-    model: Model = "tiny",
-    pool: PoolFolder = None,
-    as_json: AsJson = False,
-) -> None:
-    """Build the search index of the pool, or bring it up to date."""
-    pipe = open_pipeline(model, pool)
-    with IndexBar() as bar:
-        state = pipe.index(rebuild, bar.update)
-    report = state.report
-    if as_json:
-        print_json({"index": str(pipe.config.index), "loras": state.size, **vars(report)})
-        return
-    typer.echo(
-        f"{state.size} LoRAs in {pipe.config.index} ({len(report.encoded)} encoded, "
-        f"{report.kept} kept, {len(report.removed)} removed)"
-    )
-    print_notes([f"Left out: {reason}" for reason in report.left_out.values()])
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-from autolora.cli_jobs import Job, draw, picture_name, read_seeds
+from autolora.cli_jobs import Job, draw, read_seeds
 from autolora.cli_view import IndexBar
 from autolora.errors import AutoLoRAError, GenerationError, shown
 
@@ -22,9 +24,10 @@ KEYS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str,),
     "seed": (int, str),
     "count": (int,),
+    "batch": (int,),
     "steps": (int,),
     "size": (str,),
-    "guidance": (int, float),
+    "guidance": (Real,),
     "negative": (str,),
     "loras": (list,),
     "top_k": (int,),
@@ -36,7 +39,7 @@ KEYS: Mapping[str, tuple[type, ...]] = {
 }
 """What a line's JSON object may say, as the options of the command do."""
 _RENAMED = {"negative": "negative_prompt", "triggers": "use_triggers"}
-_NOT_PASSED_ON = ("prompt", "seed", "count", "out")
+_NOT_PASSED_ON = ("prompt", "seed", "count", "batch", "out")
 
 
 def run_batch(
@@ -44,6 +47,7 @@ def run_batch(
     lines: Iterable[str],
     options: Mapping[str, Any],
     seeds: Sequence[int],
+    batch: int,
     out: str | None,
 ) -> int:
     """Draw what lines ask for and print a JSON object per picture or failed line.
@@ -53,6 +57,7 @@ def run_batch(
         lines: Prompts or JSON objects; empty lines are passed over.
         options: For the call of the pipeline; a line's own win.
         seeds: Of lines that name none.
+        batch: How many pictures of a line to draw at once, for lines that say nothing.
         out: What ``--out`` says, for lines that say nothing.
 
     Returns:
@@ -63,36 +68,37 @@ def run_batch(
         if not line.strip():
             continue
         try:
-            for job in read_line(line, options, seeds, out):
-                job.check(pipe)
-                if job.retrieves:
-                    with IndexBar() as bar:
-                        pipe.open_index(bar.update)
-                _answer({"line": number, **draw(pipe, job, quiet=True, first=False)})
+            job = read_line(line, options, seeds, batch, out)
+            job.check(pipe)
+            if job.retrieves:
+                with IndexBar() as bar:
+                    pipe.open_index(bar.update)
+            draw(pipe, job, True, partial(_answer, number))
         except AutoLoRAError as error:
             failed += 1
-            _answer({"line": number, "error": str(error)})
+            _answer(number, {"error": str(error)})
     return failed
 
 
 def read_line(
-    line: str, options: Mapping[str, Any], seeds: Sequence[int], out: str | None
-) -> list[Job]:
+    line: str, options: Mapping[str, Any], seeds: Sequence[int], batch: int, out: str | None
+) -> Job:
     """Read one line.
 
     Args:
         line: A prompt, or a JSON object with keys of `KEYS`.
         options: For the call of the pipeline; the line's own win.
         seeds: Where the line names none.
-        out: Where the line says nothing.
+        batch: Where the line says nothing, like `out`.
+        out: A file or folder.
 
     Returns:
-        One job per seed.
+        The line's pictures.
 
     Raises:
         GenerationError: Something in the line is wrong.
     """
-    text = line.strip()
+    text = line.removeprefix("\ufeff").strip()
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise GenerationError("The line is not valid UTF-8.")
     wishes: dict[str, Any] = _read_object(text) if text.startswith("{") else {"prompt": text}
@@ -100,9 +106,7 @@ def read_line(
     named = [str(wishes["seed"])] if "seed" in wishes else []
     numbers = read_seeds(named, wishes.get("count")) or seeds or [0]
     merged = {**options, **_call_options(wishes)}
-    place = wishes.get("out", out)
-    many = len(numbers) > 1
-    return [Job(prompt, seed, picture_name(place, prompt, seed, many), merged) for seed in numbers]
+    return Job(prompt, numbers, wishes.get("out", out), merged, wishes.get("batch", batch))
 
 
 def _read_object(text: str) -> dict[str, Any]:
@@ -117,14 +121,20 @@ def _read_object(text: str) -> dict[str, Any]:
             raise GenerationError(f"Unknown key {shown(key, 60)!r}; {hint}")
         wrong_bool = isinstance(value, bool) and bool not in KEYS[key]
         if wrong_bool or not isinstance(value, KEYS[key]):
-            kinds = " or ".join(_WORDS[kind] for kind in KEYS[key] if kind is not float)
+            kinds = " or ".join(_WORDS[kind] for kind in KEYS[key])
             raise GenerationError(f"{key} must be {kinds}, not {shown(json.dumps(value), 60)}.")
     if "prompt" not in found:
         raise GenerationError("The line's object has no prompt.")
     return dict(found)
 
 
-_WORDS = {str: "text", int: "a number", bool: "true or false", list: "a list"}
+_WORDS = {
+    str: "text",
+    int: "a whole number",
+    Real: "a number",
+    bool: "true or false",
+    list: "a list",
+}
 
 
 def _call_options(wishes: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,5 +153,6 @@ def _call_options(wishes: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _answer(facts: Mapping[str, Any]) -> None:
-    print(json.dumps(facts, ensure_ascii=False, default=str), flush=True)
+def _answer(number: int, facts: Mapping[str, Any]) -> None:
+    answer = {"line": number, **facts}
+    print(json.dumps(answer, ensure_ascii=False, default=str), flush=True)

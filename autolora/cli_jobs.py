@@ -1,23 +1,21 @@
-"""One picture of the command ``generate``: checked, drawn, saved."""
+"""Pictures of the command ``generate``: checked, drawn, saved one by one."""
 
 from __future__ import annotations
 
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from autolora.cli_options import open_pipeline
-from autolora.cli_view import PictureView
+from autolora.cli_view import PicturesView, print_notes
 from autolora.errors import ConfigError, GenerationError, shown
 
 if TYPE_CHECKING:
-    from autolora.generation.report import Report
+    from autolora.generation.report import Output, Report
     from autolora.pipeline import AutoLoRAPipeline
 
 MAX_COUNT = 10_000
@@ -30,21 +28,25 @@ _CHECKED = ("steps", "size", "guidance", "top_k", "negative_prompt")
 
 @dataclass
 class Job:
-    """A picture to draw.
+    """Pictures to draw that differ in their seeds only.
 
     Attributes:
-        prompt: Its prompt.
-        seed: Its seed.
-        target: The file to write; another name is taken where that is there.
+        prompt: Their prompt.
+        seeds: Their seeds, each once.
+        out: What ``--out`` says.
         options: More for the call of the pipeline.
-        recorded: Report of the picture that it repeats exactly.
-        notes: What differs from that.
+        batch: How many to draw at once.
+        name: What files are named after, where it is not the prompt.
+        recorded: Report of the picture that is repeated: one with its seed gets its facts.
+        notes: What differs from that picture.
     """
 
     prompt: str
-    seed: int
-    target: Path
+    seeds: Sequence[int]
+    out: str | None
     options: dict[str, Any]
+    batch: int = 1
+    name: str | None = None
     recorded: Report | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -53,52 +55,87 @@ class Job:
         """Whether the pool is searched."""
         return bool(self.options.get("retrieve", True))
 
+    def target(self, seed: int) -> Path:
+        """The file to write; another name is taken where that is there."""
+        return picture_name(self.out, self.name or self.prompt, seed, len(self.seeds) > 1)
+
+    def drawn_seeds(self) -> tuple[list[int], int]:
+        """Seeds to draw and how many at once; a batch is repeated as a whole to the byte."""
+        if self.recorded is not None and list(self.seeds) == [self.recorded.seed]:
+            seeds = self.recorded.batch or [self.recorded.seed]
+            return seeds, len(seeds)
+        return list(self.seeds), self.batch
+
     def check(self, pipe: AutoLoRAPipeline) -> None:
         """Find what is wrong before anything slow begins.
 
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
-        from autolora.generation.request import make_request
+        from autolora.generation.png import check_folder
+        from autolora.generation.request import check_batch, make_request
 
+        check_batch(self.batch)
         options = {name: self.options[name] for name in _CHECKED if name in self.options}
-        request = make_request(pipe.config, self.prompt, seed=self.seed, **options)
+        for seed in self.seeds:
+            request = make_request(pipe.config, self.prompt, seed=seed, **options)
+            check_folder(self.target(seed))
         for entry in (*self.options.get("loras", ()), *request.tags):
             pipe.pool.entry(entry.name)
 
 
-def draw(pipe: AutoLoRAPipeline, job: Job, quiet: bool, first: bool) -> dict[str, Any]:
-    """Make and save one picture, print its path, and return its facts.
+def draw(
+    pipe: AutoLoRAPipeline,
+    job: Job,
+    quiet: bool,
+    saved: Callable[[dict[str, Any]], None],
+) -> None:
+    """Make pictures; each is saved, its path printed, and its facts told as soon as it is there.
 
     Args:
         pipe: The pipeline.
-        job: The picture.
+        job: The pictures.
         quiet: Whether to print nothing but the bar.
-        first: Whether to show what was chosen.
+        saved: Told the facts of each picture with its ``path``.
     """
     from autolora.generation.repeat import restore_facts
 
-    with PictureView(quiet=quiet, first=first) as view:
-        output = pipe(job.prompt, job.seed, planned=view.planned, progress=view.step, **job.options)
-    if job.recorded is not None:
-        output.report = restore_facts(output.report, job.recorded, job.notes)
-    path = output.save(job.target, overwrite=False)
-    if not quiet:
-        typer.echo(path)
-    return {"path": str(path), **output.report.to_dict()}
+    seeds, batch = job.drawn_seeds()
+    with PicturesView(quiet=quiet) as view:
+
+        def save(output: Output) -> None:
+            report = output.report
+            if report.seed not in job.seeds:
+                return  # drawn only because it was in the batch of a repeated picture
+            if job.recorded is not None and report.seed == job.recorded.seed:
+                output.report = restore_facts(report, job.recorded, job.notes)
+            path = output.save(job.target(report.seed), overwrite=False)
+            view.saved(path, report.notes)
+            saved({"path": str(path), **output.report.to_dict()})
+
+        pipe.generate_many(
+            job.prompt,
+            seeds,
+            batch=batch,
+            planned=view.planned,
+            progress=view.step,
+            drawn=save,
+            **job.options,
+        )
 
 
-def recorded_jobs(
+def recorded_job(
     picture: Path,
     model: str | None,
     pool: Path | None,
     prompt: str | None,
     changes: Mapping[str, Any],
     seeds: Sequence[int],
+    batch: int | None,
     out: str | None,
     force: bool,
-) -> tuple[AutoLoRAPipeline, list[Job]]:
-    """Make jobs that repeat a picture, exactly or with changes.
+) -> tuple[AutoLoRAPipeline, Job]:
+    """Make a job that repeats a picture, exactly or with changes.
 
     Args:
         picture: A PNG file of ours.
@@ -107,16 +144,16 @@ def recorded_jobs(
         prompt: Another prompt.
         changes: Other options for the call of the pipeline.
         seeds: Other seeds; empty for the picture's own.
+        batch: How many to draw at once; None is as the picture was drawn.
         out: What ``--out`` says.
         force: Whether to go on although files differ.
 
     Returns:
-        The pipeline, and one job per seed.
+        The pipeline and the job.
 
     Raises:
         AutoLoRAError: The picture cannot be repeated here.
     """
-    from autolora.cli_view import print_notes
     from autolora.generation.prompts import merge_asked, parse_prompt
     from autolora.generation.repeat import check, load_report, repeat_options
 
@@ -137,22 +174,20 @@ def recorded_jobs(
     options["loras"] = merge_asked(repeat_options(report)["loras"], asked)
     if prompt is not None and "use_triggers" not in changes:
         options["use_triggers"] = True
-    exact = not changes and prompt is None
-    text = report.used_prompt if prompt is None else prompt
     numbers = list(seeds) or [report.seed]
-    name = report.prompt if prompt is None else prompt
-    jobs = [
-        Job(
-            text,
-            seed,
-            picture_name(out, name, seed, len(numbers) > 1),
-            options,
-            report if exact and seed == report.seed else None,
-            notes,
-        )
-        for seed in numbers
-    ]
-    return pipe, jobs
+    exact = not changes and prompt is None and batch is None
+    # One of several seeds is drawn alone, which is no repetition of a picture from a batch.
+    exact = exact and (not report.batch or numbers == [report.seed])
+    return pipe, Job(
+        prompt=report.used_prompt if prompt is None else prompt,
+        seeds=numbers,
+        out=out,
+        options=options,
+        batch=1 if batch is None else batch,
+        name=report.prompt if prompt is None else None,
+        recorded=report if exact else None,
+        notes=notes,
+    )
 
 
 def read_seeds(texts: Iterable[str], count: int | None) -> list[int]:

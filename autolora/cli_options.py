@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,8 +27,9 @@ STRATEGIES = ("gated", "merged", "sum")
 
 
 def examples(*lines: str) -> str:
-    """Make the end of a help text from example command lines."""
-    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
+    """Make the end of a help text from example command lines, which are not wrapped."""
+    # The mark in front keeps the line breaks of what follows.
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
 
 
 def complete_models(incomplete: str) -> list[str]:
@@ -40,10 +43,15 @@ def complete_models(incomplete: str) -> list[str]:
 def complete_loras(context: typer.Context, incomplete: str) -> list[str]:
     """Complete the name of a LoRA in the pool that the command line names."""
     try:
-        return _starting(incomplete, _lora_names(context))
+        names = _starting(incomplete, _lora_names(context))
     except AutoLoRAError:
         # Nothing can be said in the middle of a line; the command itself will say it.
         return []
+    # Shells quote what they are given, but for bash, and zsh's script mistakes these characters.
+    names = [name for name in names if name.isprintable() and not set(name) & set("'\"\\")]
+    if os.environ.get("_AUTOLORA_COMPLETE") != "complete_bash":
+        return names
+    return [re.sub(r"[^\w@%+=:,./-]", r"\\\g<0>", name) for name in names]
 
 
 def complete_strategies(incomplete: str) -> list[str]:
@@ -69,15 +77,19 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
+        metavar="NAME",
         envvar="AUTOLORA_MODEL",
-        help="Base model: name or .yaml file.",
+        help="Base model, or a .yaml file of your own.",
         autocompletion=complete_models,
     ),
 ]
 PoolFolder = Annotated[
     Path | None,
     typer.Option(
-        "--pool", envvar="AUTOLORA_POOL", help="Folder of LoRAs, in place of the model's."
+        "--pool",
+        metavar="FOLDER",
+        envvar="AUTOLORA_POOL",
+        help="LoRAs to use, in place of the model's.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]

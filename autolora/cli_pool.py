@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autolora.adapters.scan import PoolEntry
 from autolora.cli_options import (
     FOUND_PROBLEMS,
     AsJson,
@@ -18,10 +19,12 @@ from autolora.cli_options import (
     examples,
 )
 from autolora.cli_view import IndexBar, console, make_table, print_json, print_notes
+from autolora.errors import PoolError, shown
 
 if TYPE_CHECKING:
     from autolora.adapters import LoadReport, Metadata, Pool
     from autolora.adapters.checking import FileCheck
+    from autolora.adapters.duplicates import Twin
 
 pool_app = typer.Typer(
     help="List, check, show and add LoRA files.",
@@ -76,79 +79,134 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Open LoRA files and tell what is in them and what is not used; status 1 for problems."""
-    from autolora.adapters.checking import check_file
-
     if files:
-        checks = [check_file(file, deep=deep) for file in files]
-        problems = [found.problem for found in checks if found.problem]
-        if as_json:
-            print_json({"files": len(files), "checks": [_plain(c.to_dict()) for c in checks]})
-        else:
-            for found in checks:
-                _print_check(found)
+        problems = _check_files(files, _known_entries(model, pool) if deep else [], deep, as_json)
     else:
         problems = _check_pool(_open(model, pool), deep, as_json)
     if problems:
         raise typer.Exit(FOUND_PROBLEMS)
 
 
+def _known_entries(model: str, pool: Path | None) -> list[PoolEntry]:
+    """Files of the pool; none where there is no pool, as a file can be checked without one."""
+    try:
+        return _open(model, pool).entries
+    except PoolError:
+        return []
+
+
+def _check_files(files: list[Path], pool: list[PoolEntry], deep: bool, as_json: bool) -> list[str]:
+    """Check files that were named, print what is in each, and return the problems."""
+    from autolora.adapters.checking import check_entries
+
+    problems: list[str] = []
+    rows: list[dict[str, Any]] = []
+    entries = [PoolEntry(file.stem, file, 0, 0) for file in files]
+    for number, found in enumerate(check_entries(entries, deep, pool)):
+        problems += [found.problem] if found.problem else []
+        if as_json:
+            rows.append(_plain(found.to_dict()))
+            continue
+        if number:
+            typer.echo()
+        _print_check(found)
+    if as_json:
+        print_json({"files": len(files), "checks": rows})
+    return problems
+
+
 def _check_pool(loras: Pool, deep: bool, as_json: bool) -> list[str]:
     """Check all files of a pool, print what was found, and return the problems."""
     from autolora.adapters.checking import check_entries
-    from autolora.adapters.duplicates import find_duplicates
 
-    rows: list[dict[str, Any]] = []
-    problems = [(str(problem.path), problem.reason) for problem in loras.scan_problems]
-    formats: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    notes: list[str] = []
+    found = _PoolCheck([(str(problem.path), problem.reason) for problem in loras.scan_problems])
     with IndexBar("check") as bar:
-        for done, found in enumerate(check_entries(loras.entries, deep), 1):
+        for done, check in enumerate(check_entries(loras.entries, deep), 1):
             bar.update(done, len(loras))
-            if found.report is None:
-                problems.append((str(found.path), found.problem))
-            else:
-                formats[found.report.format] += 1
-                dropped.update(found.report.dropped_reasons)
-            if as_json:
-                rows.append(_plain(found.to_dict()))
-            notes += [f"{found.name}: {note}" for note in found.notes]
-    same = find_duplicates(loras.entries) if deep else []
-    problems.sort()
+            found.add(check, keep_row=as_json)
+    found.problems.sort()
     if as_json:
-        listed = [{"path": _plain(path), "reason": reason} for path, reason in problems]
-        print_json(
-            {
-                "files": len(loras),
-                "problems": listed,
-                "formats": dict(formats.most_common()),
-                "same_weights": same if deep else None,
-                "checks": rows,
-            }
-        )
-        return [reason for _, reason in problems]
-    for _, reason in problems:
-        typer.echo(reason)
-    for why, count in dropped.most_common():
-        typer.echo(f"{count} keys not used: {why}.")
-    for names in same:
-        typer.echo(f"The same weights: {', '.join(names)}.")
-    typer.echo(f"{len(loras)} LoRA files, {len(problems)} problems.")
-    print_notes([*notes, *([f"Formats: {_counted(formats)}"] if deep else [])])
-    return [reason for _, reason in problems]
+        print_json(found.to_dict(len(loras), deep))
+    else:
+        for line in found.lines():
+            typer.echo(line)
+        problems = _counted(len(found.problems), "problem")
+        typer.echo(f"{_counted(len(loras), 'LoRA file')}, {problems}.")
+        print_notes(found.notes)
+    return [reason for _, reason in found.problems]
 
 
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} x {name}" for name, count in counts.most_common())
+class _PoolCheck:
+    """What was found out about the files of a pool, without keeping any of them."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems  # path and sentence
+        self.notes: list[str] = []
+        self._formats: Counter[str] = Counter()
+        self._dropped: dict[str, Counter[str]] = {}  # keys by reason and name of the LoRA
+        self._twins: list[tuple[str, Twin]] = []
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, found: FileCheck, keep_row: bool) -> None:
+        """Count one file."""
+        if found.report is None:
+            self.problems.append((str(found.path), found.problem))
+        else:
+            self._formats[found.report.format] += 1
+            for reason, count in found.report.dropped_reasons.items():
+                self._dropped.setdefault(reason, Counter())[found.name] += count
+        if found.twin is not None:
+            self._twins.append((found.name, found.twin))
+        self.notes += [f"{shown(found.name)}: {note}" for note in found.notes]
+        if keep_row:
+            row = found.to_dict()
+            if row["report"] is not None:
+                # Hundreds of lines for each file; `pool check FILE --json` has them.
+                del row["report"]["matched"]
+            self._rows.append(_plain(row))
+
+    def lines(self) -> Iterator[str]:
+        """What to tell, problems first."""
+        yield from (reason for _, reason in self.problems)
+        for why, by_name in sorted(self._dropped.items(), key=lambda item: -item[1].total()):
+            names = [shown(name) for name, _ in by_name.most_common()]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            keys = _counted(by_name.total(), "key")
+            yield f"{keys} not used: {why} ({', '.join(names[:3])}{more})."
+        for group in self._same():
+            yield f"The same weights: {', '.join(map(shown, group))}."
+        yield from (f"{shown(name)}: {t.sentence}" for name, t in self._twins if not t.is_same)
+        if self._formats:
+            counted = (f"{count} {name}" for name, count in self._formats.most_common())
+            yield f"Formats: {', '.join(counted)}."
+
+    def to_dict(self, files: int, deep: bool) -> dict[str, Any]:
+        """The same for another program."""
+        return {
+            "files": files,
+            "problems": [{"path": _plain(path), "reason": why} for path, why in self.problems],
+            "formats": dict(self._formats.most_common()),
+            "same_weights": self._same() if deep else None,
+            "checks": self._rows,
+        }
+
+    def _same(self) -> list[list[str]]:
+        from autolora.adapters.duplicates import group_twins
+
+        return group_twins(self._twins)
 
 
 def _print_check(found: FileCheck) -> None:
     if found.report is None or found.metadata is None:
         typer.echo(found.problem)
         return
-    rows = [("path", found.path), *_report_rows(found.report), *_metadata_rows(found.metadata)]
+    rows = [
+        _path_row("path", found.path),
+        *_report_rows(found.report),
+        *_metadata_rows(found.metadata),
+    ]
     _print_rows(rows)
-    print_notes(found.notes)
+    print_notes([*found.notes, *([found.twin.sentence] if found.twin else [])])
 
 
 def _print_rows(rows: Iterable[tuple[str, object]]) -> None:
@@ -159,7 +217,10 @@ def _print_rows(rows: Iterable[tuple[str, object]]) -> None:
 def _report_rows(report: LoadReport) -> list[tuple[str, object]]:
     """What became of a file's keys, for people; reasons are counted."""
     kinds = ", ".join(f"{count} x {kind}" for kind, count in report.algorithms.items())
-    encoders = ", ".join(f"{count} x {which}" for which, count in report.text_encoders.items())
+    names = {"clip": "CLIP", "t5": "T5"}
+    encoders = ", ".join(
+        f"{n} layers of {names[which]}" for which, n in report.text_encoders.items()
+    )
     norm = "depends on the base model" if report.norm is None else f"{report.norm:.4g}"
     return [
         ("format", report.format),
@@ -167,6 +228,7 @@ def _report_rows(report: LoadReport) -> list[tuple[str, object]]:
         ("kinds", kinds),
         ("rank", _span(report.ranks)),
         ("alpha / rank", _span(report.scales)),
+        ("stored as", ", ".join(report.dtypes)),
         ("norm of the change", norm),
         ("biases", report.biases or ""),
         ("normalizations", report.norms or ""),
@@ -194,18 +256,23 @@ def _metadata_rows(metadata: Metadata) -> list[tuple[str, object]]:
         ("strengths", "strength_bounds", "" if low is None else f"{low:g} to {high:g}"),
         ("description", "description", metadata.description[:300]),
         ("captions", "captions", len(metadata.captions) or None),
-        ("in the header", "embedded_covers", _pictures(metadata.embedded_covers)),
+        ("in the header", "embedded_covers", _counted(metadata.embedded_covers, "picture")),
     ]
     rows: list[tuple[str, object]] = [
         (label, f"{value}  [{metadata.sources.get(name, 'unknown')}]")
         for label, name, value in fields
-        if value not in (None, "")
+        if value not in (None, "") and name in metadata.sources
     ]
-    return rows + [("cover", cover) for cover in metadata.covers]
+    return rows + [_path_row("cover", cover) for cover in metadata.covers]
 
 
-def _pictures(count: int) -> str:
-    return "" if not count else f"{count} picture{'s' if count > 1 else ''}"
+def _path_row(label: str, path: object) -> tuple[str, object]:
+    # Names of files may hold what a terminal would obey.
+    return label, shown(path, limit=4096)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 @pool_app.command(epilog=examples("autolora pool show neon", "autolora pool show neon --json"))
@@ -228,7 +295,7 @@ def show(
         }
         print_json(_plain(facts))
         return
-    head = [("path", lora.path), ("sha256", lora.sha256)]
+    head = [_path_row("path", lora.path), ("sha256", lora.sha256)]
     _print_rows([*head, *_report_rows(report), *_metadata_rows(metadata)])
     print_notes(metadata.warnings)
 
@@ -247,7 +314,7 @@ def add(
         typer.Option("--name", help="Name in the pool, for one file.", show_default=False),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Add a file that the pool has under another name.")
+        bool, typer.Option("--force", help="Add what the pool has under another name.")
     ] = False,
     allow_pickle: Annotated[
         bool,
@@ -260,7 +327,8 @@ def add(
     """Check LoRA files and copy them into the pool with what belongs to them; all or none."""
     from autolora.adapters.adding import add_files
 
-    added = add_files(_folder(model, pool), files, name, force, allow_pickle)
+    with IndexBar("compare") as bar:
+        added = add_files(_folder(model, pool), files, name, force, allow_pickle, bar.update)
     if as_json:
         rows = [
             {

@@ -18,10 +18,18 @@ EXAMPLES = examples(
 )
 
 Host = Annotated[
-    str, typer.Option(envvar="AUTOLORA_HOST", help="Address to listen on; 0.0.0.0 is all of them.")
+    str,
+    typer.Option(
+        metavar="ADDRESS",
+        envvar="AUTOLORA_HOST",
+        help="Address to listen on; 0.0.0.0 is all of them.",
+    ),
 ]
 Port = Annotated[
-    int, typer.Option(min=0, max=65535, envvar="AUTOLORA_PORT", help="Port; 0 takes a free one.")
+    int,
+    typer.Option(
+        min=0, max=65535, metavar="N", envvar="AUTOLORA_PORT", help="Port; 0 takes a free one."
+    ),
 ]
 Auth = Annotated[
     str,
@@ -32,14 +40,21 @@ Auth = Annotated[
         show_envvar=True,
     ),
 ]
-Password = Annotated[str, typer.Option(envvar="AUTOLORA_PASSWORD", help="Let in whoever knows it.")]
+Password = Annotated[
+    str,
+    typer.Option(metavar="TEXT", envvar="AUTOLORA_PASSWORD", help="Let in whoever knows it."),
+]
 IKnow = Annotated[
     bool, typer.Option("--i-know", help="Let in everybody who can reach this machine.")
 ]
-Outputs = Annotated[Path, typer.Option(help="Folder for pictures.")]
+Outputs = Annotated[Path, typer.Option(metavar="FOLDER", help="Where pictures go.")]
 StylesFolder = Annotated[
     Path | None,
-    typer.Option("--styles", help="Folder for saved styles.  [default: styles in --outputs]"),
+    typer.Option(
+        "--styles",
+        metavar="FOLDER",
+        help="Where styles are saved; styles/ in --outputs without it.",
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,11 +23,14 @@ EXAMPLES = examples(
 
 
 def show(
-    file: Annotated[Path, typer.Argument(help="PNG file of AutoLoRA, or of A1111 and the like.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="PNG file of AutoLoRA, A1111, Forge or ComfyUI."),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Show what a picture says about how it was made."""
-    from autolora.generation import a1111
+    from autolora.generation import a1111, comfy
     from autolora.generation.png import read_texts
     from autolora.generation.report import CHUNK, Report, read_report
 
@@ -38,20 +42,34 @@ def show(
         else:
             _show_report(Report.from_dict(facts))
         return
-    if a1111.CHUNK not in texts:
+    nodes = comfy.read_workflow(texts.get(comfy.CHUNK, ""))
+    if a1111.CHUNK in texts:
+        found = a1111.read_parameters(texts[a1111.CHUNK])
+        data: Any = vars(found)
+        rows: _Rows = [("prompt", found.prompt), ("negative prompt", found.negative_prompt)]
+        rows += found.settings.items()
+    elif nodes:
+        data = {"nodes": [vars(node) for node in nodes]}
+        rows = [(node.kind, _listed(node.values)) for node in nodes]
+    else:
         raise GenerationError(f"{shown(file)} says nothing about how it was made.")
-    found = a1111.read_parameters(texts[a1111.CHUNK])
     if as_json:
-        print_json(vars(found))
+        print_json(data)
         return
-    rows = [("prompt", found.prompt), ("negative prompt", found.negative_prompt)]
-    _print_rows([*rows, *found.settings.items()])
+    _print_rows(rows)
     print_notes(["Made by another program; it cannot be repeated from this file."])
+
+
+_Rows = list[tuple[str, str | None]]
+
+
+def _listed(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in values.items())
 
 
 def _show_report(report: Report) -> None:
     base = report.base
-    rows: list[tuple[str, Any]] = [
+    rows: _Rows = [
         ("prompt", report.prompt),
         ("the model read", report.used_prompt if report.used_prompt != report.prompt else None),
         ("negative prompt", report.negative_prompt),
@@ -61,6 +79,7 @@ def _show_report(report: Report) -> None:
         ("steps", str(report.steps)),
         ("size", f"{report.width}x{report.height}"),
         ("guidance", f"{report.guidance:g}"),
+        ("drawn at once", ", ".join(f"seed {seed}" for seed in report.batch)),
         ("text encoders", "changed by the LoRAs" if report.text_encoders else None),
         ("versions", ", ".join(f"{name} {text}" for name, text in report.versions.items())),
     ]
@@ -76,6 +95,6 @@ def _show_report(report: Report) -> None:
     print_notes(shown(note, 600) for note in report.notes)
 
 
-def _print_rows(rows: list[tuple[str, Any]]) -> None:
+def _print_rows(rows: _Rows) -> None:
     known = [(shown(name, 60), shown(text, 2000)) for name, text in rows if text]
     console(stderr=False).print(make_table(("", ""), known))

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from autolora.errors import shown
 
 if TYPE_CHECKING:
     from autolora.generation.report import Report
@@ -72,7 +75,7 @@ def show_hits(hits: Sequence[Hit], chosen: set[str], as_json: bool) -> None:
         ]
         print_json(rows)
         return
-    marked = [("*" if h.name in chosen else "", h.name, h.score, h.why) for h in hits]
+    marked = [("*" if h.name in chosen else "", shown(h.name), h.score, shown(h.why)) for h in hits]
     console(stderr=False).print(make_table(("", "adapter", "score", "why"), marked))
     if not chosen:
         print_notes(["Nothing fits well enough for a picture to take it."])
@@ -83,19 +86,22 @@ class _Bar:
 
     Args:
         title: What is going on.
-        patience: Seconds to wait before it appears.
+        patience: Seconds to go on for before it appears.
     """
 
     def __init__(self, title: str, patience: float = 0.0) -> None:
         self._title = title
-        self._appears = time.monotonic() + patience
+        self._patience = patience
+        self._started: float | None = None
         self._progress: Progress | None = None
         self._task: Any = None
 
     def update(self, done: int, total: int) -> None:
         """Show that so much is done."""
         if self._progress is None:
-            if time.monotonic() < self._appears:
+            # From the first report on: what was loaded before it is not this bar's work.
+            self._started = self._started or time.monotonic()
+            if time.monotonic() < self._started + self._patience:
                 return
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -103,6 +109,7 @@ class _Bar:
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 console=console(),
+                redirect_stdout=False,  # data must not go where the bar goes
             )
             self._task = self._progress.add_task(self._title, total=total)
             self._progress.start()
@@ -133,21 +140,21 @@ class IndexBar(_Bar):
         self.close()
 
 
-class PictureView:
-    """One picture on its way: what was chosen, then the steps."""
+class PicturesView:
+    """Pictures of one prompt on their way: what was chosen, the steps, and what is to be known."""
 
-    def __init__(self, quiet: bool, first: bool) -> None:
+    def __init__(self, quiet: bool) -> None:
         """Show nothing yet.
 
         Args:
             quiet: Whether only the bar is wanted.
-            first: Whether to show what was chosen; it is the same for every seed.
         """
-        self._show_plan = first and not quiet
+        self._quiet = quiet
+        self._said: set[str] = set()
         self._status = console().status("loading") if sys.stderr.isatty() else None
         self._bar = _Bar("drawing")
 
-    def __enter__(self) -> PictureView:
+    def __enter__(self) -> PicturesView:
         if self._status is not None:
             self._status.start()
         return self
@@ -164,20 +171,33 @@ class PictureView:
     def planned(self, report: Report) -> None:
         """Show which adapters take part and why."""
         self._stop_status()
-        if not self._show_plan:
+        if self._quiet:
             return
         if report.adapters:
-            rows = [(a.name, a.strength, a.score, a.why) for a in report.adapters]
+            rows = [(shown(a.name), a.strength, a.score, shown(a.why)) for a in report.adapters]
             console().print(make_table(("adapter", "strength", "score", "why"), rows))
         else:
             print_notes(["No LoRA takes part; the base model draws alone."])
         if report.used_prompt != report.prompt:
-            print_notes([f"The model reads: {report.used_prompt}"])
-        print_notes(report.notes)
+            print_notes([f"The model reads: {shown(report.used_prompt, 600)}"])
+        self.tell(report.notes)
 
     def step(self, done: int, total: int) -> None:
         """Show a denoising step."""
         self._bar.update(done, total)
+
+    def tell(self, notes: Sequence[str]) -> None:
+        """Print notes that were not printed yet, such as those that came up while drawing."""
+        if not self._quiet:
+            print_notes(note for note in notes if note not in self._said)
+            self._said.update(notes)
+
+    def saved(self, path: Path, notes: Sequence[str]) -> None:
+        """Print where a picture is, and what there is to know of it."""
+        self._bar.close()  # a line in the midst of a bar would be garbled
+        self.tell(notes)
+        if not self._quiet:
+            print(path, flush=True)
 
     def _stop_status(self) -> None:
         if self._status is not None:

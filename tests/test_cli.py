@@ -68,6 +68,8 @@ def test_search_prints_a_table_or_json(home: Path, capsys) -> None:
     lines = out.splitlines()
     assert lines[0].split() == ["adapter", "score", "why"]
     assert lines[1].split()[:3] == ["*", "neon", "1.00"] and len(lines) == 3
+    rows = json.loads(run(capsys, "search", "a cat <lora:rocket>", "--json")[1])
+    assert {row["name"] for row in rows if row["chosen"]} == {"rocket"}
     rows = json.loads(run(capsys, "search", "a neon thing", "--json")[1])
     assert rows[0]["name"] == "neon" and rows[0]["chosen"] and not rows[1]["chosen"]
 
@@ -78,6 +80,7 @@ def test_index_is_built_kept_and_rebuilt(home: Path, capsys) -> None:
     assert status == 0 and "3 LoRAs" in out and "4 encoded" in out
     assert "Left out" in err and "broken.safetensors" in err
     assert "4 kept" in run(capsys, "index")[1]
+    assert "cannot be searched: 1; `autolora index`" in run(capsys, "search", "a rocket")[2]
     facts = json.loads(run(capsys, "index", "--rebuild", "--json")[1])
     assert facts["loras"] == 3 and list(facts["left_out"]) == ["broken"]
 
@@ -90,10 +93,13 @@ def test_pool_commands(home: Path, capsys) -> None:
     status, out, _ = run(capsys, "pool", "show", "neon")
     assert status == 0 and "diffusers" in out and "0.7" in out
     assert json.loads(run(capsys, "pool", "show", "neon", "--json")[1])["report"]["layers"] == 16
-    assert run(capsys, "pool", "check")[:2] == (0, "3 LoRA files, 0 problems.\n")
+    assert run(capsys, "pool", "check")[:2] == (
+        0,
+        "Formats: 1 kohya, 1 diffusers, 1 diffsynth.\n3 LoRA files, 0 problems.\n",
+    )
     (home / "pool" / "broken.safetensors").write_bytes(b"x")
     status, out, _ = run(capsys, "pool", "check")
-    assert status == 1 and "broken.safetensors" in out and "1 problems" in out
+    assert status == 1 and "broken.safetensors" in out and "1 problem." in out
 
 
 BAD_INPUT = [
@@ -124,6 +130,10 @@ BAD_INPUT = [
     (["pool", "list", "--pool", "empty"], "has no .safetensors file"),
     (["search", "cat", "--pool", "empty"], "has no .safetensors file"),
     (["pool", "show", "elefant"], "did you mean elephant?"),
+    (["generate", "cat", "--strategy", ""], "gated"),
+    (["generate", "cat", "--out", "empty/file/a.png"], "cannot be written", "is no folder"),
+    (["generate", "cat", "--negative", "\udcff"], "negative prompt is not valid text"),
+    (["generate", "cat", "--negative", "x" * 10_001], "negative prompt has 10001 characters"),
     (["generate"], "Missing argument"),
     (["generate", "cat", "--colour", "red"], "--colour"),
     (["draw"], "draw"),
@@ -131,10 +141,13 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(row[0], row[1:]) for row in BAD_INPUT], ids=lambda v: " ".join(v)
+    ("arguments", "words"),
+    [(row[0], row[1:]) for row in BAD_INPUT],
+    ids=lambda v: ascii(" ".join(v))[:80],
 )
 def test_bad_input_gives_one_sentence(home: Path, capsys, arguments, words) -> None:
     (home / "empty").mkdir()
+    (home / "empty" / "file").touch()
     status, out, err = run(capsys, *arguments)
     assert status == 2, err
     assert out == "" and "Traceback" not in err
@@ -182,17 +195,20 @@ def test_a_pool_of_bad_files_only_still_draws(home: Path, capsys) -> None:
     for file in (home / "pool").iterdir():
         if file.suffix == ".safetensors":
             file.write_bytes(b"x")
-    status, _, err = run(capsys, "generate", "a rocket")
+    status, out, err = run(capsys, "generate", "a rocket")
     assert status == 0 and err.count("note: Left out:") == 3
+    # What a picture says about its making does not tell where the files lay.
+    status, _, err = run(capsys, "show", out.strip())
+    assert status == 0 and err.count("note: Left out:") == 3 and str(home) not in err
 
 
 def test_an_interrupt_leaves_no_half_file(home: Path, capsys, monkeypatch) -> None:
-    from autolora.cli_view import PictureView
+    from autolora.cli_view import PicturesView
 
     def interrupt(self, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PictureView, "step", interrupt)
+    monkeypatch.setattr(PicturesView, "step", interrupt)
     status, out, err = run(capsys, "generate", "a rocket", "--out", "pics/")
     assert status == 130 and out == "" and "Traceback" not in err
     assert not (home / "pics").exists()

@@ -64,6 +64,57 @@ def test_several_seeds_give_several_files(home: Path, capsys) -> None:
     assert (status, out) == (0, "x-8.png\nx-9.png\n")
 
 
+def test_a_batch_says_so_and_repeats_to_the_byte(home: Path, capsys) -> None:
+    status, out, err = run(capsys, "generate", "a neon cat", "-n", "3", "-b", "2", "-o", "b/")
+    assert (status, out) == (0, "b/a-neon-cat-0.png\nb/a-neon-cat-1.png\nb/a-neon-cat-2.png\n")
+    assert err.count("note: Drawn in a batch of 2") == 1 and "4/4" in err
+    reports = [read_report(home / line) for line in out.split()]
+    assert [report["batch"] for report in reports] == [[0, 1], [0, 1], []]
+    status, shown, _ = run(capsys, "show", "b/a-neon-cat-1.png")
+    assert status == 0 and "seed 0, seed 1" in shown
+    status, out, _ = run(capsys, "generate", "--from-png", "b/a-neon-cat-1.png", "-o", "again.png")
+    assert (status, out) == (0, "again.png\n"), "one picture, though its batch was drawn"
+    assert (home / "again.png").read_bytes() == (home / "b/a-neon-cat-1.png").read_bytes()
+
+
+def test_a_picture_of_a_batch_may_be_drawn_alone(home: Path, capsys) -> None:
+    run(capsys, "generate", "a neon cat", "-n", "2", "-b", "2", "-o", "b/")
+    for options in (("-b", "1"), ("-s", "1-2")):
+        words = ("generate", "--from-png", "b/a-neon-cat-1.png", *options, "-o", "alone/", "--json")
+        for facts in json.loads(run(capsys, *words)[1])["pictures"]:
+            assert facts["batch"] == [] and not any("batch" in note for note in facts["notes"])
+
+
+def test_pictures_are_saved_one_by_one(home: Path, capsys, monkeypatch) -> None:
+    from autolora.cli_view import PicturesView
+
+    steps = iter(range(100))
+
+    def interrupt(self, done: int, total: int) -> None:
+        if next(steps) == 4:  # 0 to 2 of the first picture, then the second one's first step
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(PicturesView, "step", interrupt)
+    status, out, _ = run(capsys, "generate", "a cat", "--no-retrieval", "-n", "3", "-o", "p/")
+    assert (status, out) == (130, "p/a-cat-0.png\n")
+    assert pictures(home) == ["a-cat-0.png"]
+
+
+def test_what_comes_up_while_drawing_is_said_once(home: Path, capsys) -> None:
+    status, _, err = run(
+        capsys, "generate", "a neon rocket", "-n", "2", "--text-encoders", "--size", "70"
+    )
+    assert status == 0
+    assert err.count("note: None of the adapters has a part for the text encoders.") == 1
+    assert err.count("note: The size 70x70 was rounded up to 80x80.") == 1
+
+
+@pytest.mark.parametrize("batch", ["0", "17"])
+def test_impossible_batches_are_refused(home: Path, capsys, batch: str) -> None:
+    status, out, err = run(capsys, "generate", "a cat", "--batch", batch)
+    assert (status, out) == (2, "") and "Batch must be between 1 and 16" in err
+
+
 def test_a_picture_is_repeated_to_the_byte(home: Path, capsys) -> None:
     first = "a neon, , rocket <lora:elephant:0.3>"
     assert (
@@ -121,6 +172,21 @@ def test_show_prints_what_a_picture_says(home: Path, capsys) -> None:
     assert json.loads(run(capsys, "show", "a.png", "--json")[1]) == read_report(home / "a.png")
 
 
+def test_pictures_of_comfyui_are_shown_and_not_repeated(home: Path, capsys) -> None:
+    from PIL import Image
+
+    from autolora.generation.png import write_png
+
+    workflow = {"3": {"class_type": "KSampler", "inputs": {"seed": 5, "model": ["1", 0]}}}
+    write_png(Image.new("RGB", (8, 8)), {"prompt": json.dumps(workflow)}, home / "a.png")
+    status, out, err = run(capsys, "show", "a.png")
+    assert status == 0 and out.split() == ["KSampler", "seed:", "5"] and "another program" in err
+    nodes = json.loads(run(capsys, "show", "a.png", "--json")[1])["nodes"]
+    assert nodes == [{"kind": "KSampler", "values": {"seed": 5}}]
+    status, _, err = run(capsys, "generate", "--from-png", "a.png")
+    assert status == 2 and "made by another program" in err
+
+
 def test_show_reads_pictures_of_a1111(home: Path, capsys) -> None:
     from PIL import Image
 
@@ -138,7 +204,7 @@ def test_show_reads_pictures_of_a1111(home: Path, capsys) -> None:
 
 BATCH = """a neon cat
 
-{"prompt": "a rocket", "seed": "3-4", "steps": 1, "size": "96x64", "out": "sub/r.png"}
+{"prompt": "a rocket", "seed": "3-4", "steps": 1, "size": "96x64", "out": "sub/r.png", "batch": 2}
 {"prompt": "a cat", "loras": ["neon:0.5"], "retrieve": false, "strategy": "sum", "negative": "x"}
 {"prompt": "a cat", "stepps": 3}
 {"prompt": "a cat", "steps": "many"}
@@ -148,6 +214,8 @@ BATCH = """a neon cat
 {"prompt": ""}
 {not json
 {"prompt": "a cat", "guidance": true}
+{"prompt": "a cat", "seed": 3.5}
+{"prompt": "a cat", "batch": 0}
 a cat <lora:rokcet:1>
 the last one
 """
@@ -164,26 +232,36 @@ def test_a_bad_line_does_not_end_the_others(home: Path, capsys, monkeypatch) -> 
         (3, "sub/r-3.png", 3),
         (3, "sub/r-4.png", 4),
         (4, "pics/a-cat-2.png", 2),
-        (14, "pics/the-last-one-2.png", 2),
+        (16, "pics/the-last-one-2.png", 2),
     ]
     assert (answers[1]["steps"], answers[1]["width"]) == (1, 96)
+    assert answers[1]["batch"] == answers[2]["batch"] == [3, 4]
     assert [used["name"] for used in answers[3]["adapters"]] == ["neon"]
     assert (answers[3]["strategy"], answers[3]["negative_prompt"]) == ("sum", "x")
     problems = {a["line"]: a["error"] for a in answers if "error" in a}
     for line, words in (
         (5, "did you mean steps?"),
-        (6, "steps must be a number"),
+        (6, "steps must be a whole number"),
         (7, "did you mean neon?"),
         (8, "list of texts"),
         (9, "no prompt"),
         (10, "prompt is empty"),
         (11, "not valid JSON"),
         (12, "guidance must be a number"),
-        (13, "did you mean rocket?"),
+        (13, "seed must be a whole number or text"),
+        (14, "Batch must be between"),
+        (15, "did you mean rocket?"),
     ):
         assert words in problems.pop(line)
     assert not problems
     assert len(pictures(home)) == 5
+
+
+def test_a_byte_order_mark_is_no_part_of_a_line(home: Path, capsys, monkeypatch) -> None:
+    raw = io.TextIOWrapper(io.BytesIO('\ufeff{"prompt": "a cat"}\r\n'.encode()), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", raw)
+    status, out, _ = run(capsys, "generate", "--stdin", "--no-retrieval")
+    assert status == 0 and json.loads(out)["prompt"] == "a cat"
 
 
 def test_bytes_that_are_no_text_fail_alone(home: Path, capsys, monkeypatch) -> None:

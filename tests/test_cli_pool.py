@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from autolora.adapters import LoRA, save_lora
 from autolora.cli import main
 from tests.adapters.lora_files import make_file
 
@@ -69,6 +70,16 @@ def test_check_as_json_names_every_key(pool, capsys, tmp_path) -> None:
     assert cat["usable"] and cat["problem"] == ""
 
 
+def test_names_that_a_terminal_would_obey_are_escaped(pool, capsys) -> None:
+    odd = pool / "two\nlines\x1b[31m.safetensors"
+    shutil.copy(pool / "cat.safetensors", odd)
+    odd.with_suffix(".png").write_bytes(PNG)
+    status, out, _ = run(capsys, "pool", "check", odd)
+    assert status == 0 and "two\\nlines\\x1b[31m.safetensors" in out
+    assert out.count("two\\nlines") == 2 and "twolines[31m  [file name]" in out
+    assert "\x1b" not in out
+
+
 def test_nothing_matched_is_a_problem(pool, capsys, tmp_path) -> None:
     file = tmp_path / "x.safetensors"
     save_file({"what": torch.ones(1)}, file)
@@ -83,7 +94,10 @@ def test_nothing_matched_is_a_problem(pool, capsys, tmp_path) -> None:
 
 
 def test_check_of_the_pool(pool, capsys) -> None:
-    assert run(capsys, "pool", "check")[:2] == (0, "2 LoRA files, 0 problems.\n")
+    assert run(capsys, "pool", "check")[:2] == (
+        0,
+        "Formats: 2 kohya.\n2 LoRA files, 0 problems.\n",
+    )
     (pool / "bad.safetensors").write_bytes(b"x")
     (pool / "old.ckpt").write_bytes(b"\x80\x02")
     write(pool / "odd.safetensors", 4, what=torch.ones(1))
@@ -91,28 +105,76 @@ def test_check_of_the_pool(pool, capsys) -> None:
     assert status == 1 and err == ""
     problems = out.splitlines()
     assert "bad.safetensors" in problems[0] and "old.ckpt" in problems[1]
-    assert "1 keys not used: unknown name" in problems[2]
-    assert problems[3] == "4 LoRA files, 2 problems."
+    assert problems[2:] == [
+        "1 key not used: unknown name: no FLUX.1 layer is called so (odd).",
+        "Formats: 3 kohya.",
+        "4 LoRA files, 2 problems.",
+    ]
     status, out, _ = run(capsys, "pool", "check", "--json")
     facts = json.loads(out)
     assert status == 1
     assert [Path(row["path"]).name for row in facts["problems"]] == ["bad.safetensors", "old.ckpt"]
     assert [row["name"] for row in facts["checks"]] == ["bad", "cat", "neon", "odd"]
-    assert facts["formats"] == {"kohya": 3}
+    assert facts["formats"] == {"kohya": 3} and facts["same_weights"] is None
+    odd = facts["checks"][-1]["report"]
+    assert list(odd["dropped"]) == ["what"] and odd["matched_count"] == 30
+    assert "matched" not in odd, "a pool's keys that are used would be millions of lines"
 
 
-def test_deep_check_finds_twins_empty_ones_and_broken_pictures(pool, capsys) -> None:
-    shutil.copy(pool / "cat.safetensors", pool / "copy.safetensors")
+def test_unused_keys_of_many_files_are_counted_together(pool, capsys) -> None:
+    for n in range(5):
+        extra = {f"what{i}": torch.ones(1) for i in range(6 - n)}
+        write(pool / f"odd{n}.safetensors", 4 + n, **extra)
+    (line,) = [x for x in run(capsys, "pool", "check")[1].splitlines() if "not used" in x]
+    assert line == (
+        "20 keys not used: unknown name: no FLUX.1 layer is called so "
+        "(odd0, odd1, odd2 and 2 more)."
+    )
+
+
+def test_deep_check_finds_empty_ones_and_broken_pictures(pool, capsys) -> None:
     zero = {f"{KEY}.lora_down.weight": torch.ones(1, 4), f"{KEY}.lora_up.weight": torch.zeros(4, 1)}
     save_file(zero, pool / "zero.safetensors")
+    save_file({f"{KEY}.diff_b": torch.ones(4)}, pool / "only-bias.safetensors")
     (pool / "cat.png").write_bytes(b"<html>")
-    assert "same" not in run(capsys, "pool", "check")[1]
-    status, out, err = run(capsys, "pool", "check", "--deep")
-    assert status == 0 and "The same weights: cat, copy." in out
+    status, _, err = run(capsys, "pool", "check", "--deep")
+    assert status == 0
     assert "cat: cat.png is no PNG, JPEG or WebP picture." in err
-    assert "zero: It changes nothing" in err
+    assert "zero: It changes nothing" in err and err.count("changes nothing") == 1
+
+
+def test_deep_check_finds_twins_in_any_format_and_precision(pool, capsys) -> None:
+    shutil.copy(pool / "cat.safetensors", pool / "copy.safetensors")
+    lora = LoRA.load(pool / "neon.safetensors")
+    pairs = {layer: lora.factors(layer) for layer in lora.layers}
+    save_lora(pool / "neon-2.safetensors", pairs, "diffusers")
+    save_lora(pool / "neon-3.safetensors", pairs, "fal", dtype="bf16")
+    assert "same" not in run(capsys, "pool", "check")[1]
+    status, out, _ = run(capsys, "pool", "check", "--deep")
+    assert status == 0
+    assert "The same weights: cat, copy.\nThe same weights: neon, neon-2.\n" in out
+    assert "neon-3: It is nearly the same as 'neon" in out and out.count("same") == 3
     facts = json.loads(run(capsys, "pool", "check", "--deep", "--json")[1])
-    assert facts["same_weights"] == [["cat", "copy"]]
+    assert facts["same_weights"] == [["cat", "copy"], ["neon", "neon-2"]]
+    twins = {row["name"]: row["twin"] for row in facts["checks"]}
+    assert twins["cat"] is None and twins["neon-2"]["name"] == "neon"
+    assert twins["neon-2"]["same"] and not twins["neon-3"]["same"]
+    assert 1e-4 < twins["neon-3"]["difference"] < 0.01
+
+
+def test_deep_check_of_a_file_looks_for_it_in_the_pool(pool, capsys, tmp_path, monkeypatch) -> None:
+    lora = LoRA.load(pool / "neon.safetensors")
+    pairs = {layer: lora.factors(layer) for layer in lora.layers}
+    file = save_lora(tmp_path / "found.safetensors", pairs, "peft")
+    known = "note: It changes the same as 'neon', a file in kohya format.\n"
+    assert run(capsys, "pool", "check", file)[2] == ""
+    assert run(capsys, "pool", "check", "--deep", file)[2] == known
+    assert run(capsys, "pool", "check", "--deep", pool / "neon.safetensors")[2] == ""
+    monkeypatch.setenv("AUTOLORA_POOL", str(tmp_path / "none"))
+    status, out, err = run(capsys, "pool", "check", "--deep", file, file)
+    assert status == 0 and "changes the same as 'found'" in err
+    tables = out.split("\n\n")
+    assert len(tables) == 2 and all("peft" in table for table in tables)
 
 
 def test_show_names_the_source_of_each_value(pool, capsys) -> None:
@@ -135,9 +197,9 @@ def test_add_says_what_it_did(pool, capsys, tmp_path) -> None:
     assert (status, out) == (0, f"{pool / 'glow.safetensors'}\n")
     assert (pool / "glow.json").is_file()
     status, _, err = run(capsys, "pool", "add", file, "--name", "shine")
-    assert status == 2 and "as 'glow'; add it with --force" in err
+    assert status == 2 and "as 'glow'; leave it out, or add it with --force" in err
     status, out, err = run(capsys, "pool", "add", file, "--name", "shine", "--force")
-    assert status == 0 and "'glow' in the pool has the same bytes" in err
+    assert status == 0 and "It changes the same as 'glow'" in err
     status, out, _ = run(capsys, "pool", "add", write(tmp_path / "b.safetensors", 7), "--json")
     (row,) = json.loads(out)
     assert row["path"] == str(pool / "b.safetensors") and row["beside"] == []

@@ -39,6 +39,44 @@ def test_every_help_has_examples(capsys, words: tuple[str, ...]) -> None:
     assert " ".join(("autolora", *words)) in examples, "help ends with examples of this command"
 
 
+@pytest.mark.parametrize("words", command_paths(), ids=lambda words: " ".join(words) or "autolora")
+def test_every_help_fits_a_terminal(
+    capsys, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run(capsys, *words, "--help")[1].splitlines()
+    assert max(map(len, lines)) <= 80
+    commands = lines[lines.index("Commands:") :] if "Commands:" in lines else []
+    if not words:
+        assert commands and not any(line.endswith("...") for line in commands)
+
+
+@pytest.mark.parametrize("words", [(), ("pool",)])
+def test_without_a_command_there_is_help(capsys, words: tuple[str, ...]) -> None:
+    status, out, err = run(capsys, *words)
+    assert status in (0, 2)  # as typer's versions have it
+    assert (out + err).startswith("Usage: autolora")
+
+
+def test_wrong_options_name_the_help_to_read(capsys) -> None:
+    status, out, err = run(capsys, "pool", "list", "--bogus")
+    assert (status, out) == (2, "") and err.rstrip().endswith("see autolora pool list --help.")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_said(home: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m autolora pool list > /dev/full'],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "autolora: no space is left where the output goes.\n",
+    )
+
+
 def test_the_strategies_that_complete_are_those_that_there_are() -> None:
     from autolora.fusion import strategy_names
 
@@ -122,6 +160,72 @@ def test_bash_completes_names(home: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "elephant\n"), done.stderr
 
 
+ODD_NAMES = ("Neon Style v2", "a$b;c&d", "it's", 'a"b', "a\\b")
+
+
+@pytest.mark.parametrize(
+    ("shell", "script", "expected"),
+    [
+        (
+            "bash",
+            """
+            COMP_WORDS=(autolora pool show ''); COMP_CWORD=3
+            _autolora_completion autolora
+            printf '%s\n' "${COMPREPLY[@]}"
+            """,
+            [r"Neon\ Style\ v2", r"a\$b\;c\&d"],
+        ),
+        (
+            "zsh",
+            """
+            _arguments() { eval "ws=( ${1[7,-3]} )"; print -rl -- "${ws[@]%:}" }
+            words=(autolora pool show ''); CURRENT=4
+            _autolora_completion
+            """,
+            ["Neon Style v2", "a$b;c&d"],
+        ),
+        (
+            "fish",
+            "complete -C 'autolora pool show '",
+            # As it is to stand on the line.
+            ["Neon Style v2", "a$b;c&d"],
+        ),
+    ],
+)
+def test_shells_complete_names(
+    home: Path, tmp_path: Path, shell: str, script: str, expected: list[str]
+) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    for file in (home / "pool").iterdir():
+        file.unlink()
+    for name in ODD_NAMES:
+        (home / "pool" / f"{name}.safetensors").write_bytes(b"x")
+    launcher = home / "autolora"
+    launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m autolora "$@"\n')
+    launcher.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{home}:{os.environ['PATH']}",
+        "HOME": str(home),
+    }
+    source = subprocess.run(
+        ["autolora"],
+        env={**environment, "_AUTOLORA_COMPLETE": f"source_{shell}"},
+        capture_output=True,
+        text=True,
+    ).stdout
+    (home / "completion").write_text(("compdef() { :; }\n" if shell == "zsh" else "") + source)
+    done = subprocess.run(
+        [shell, "-c", f"source {home}/completion\n{script}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert sorted(done.stdout.splitlines()) == expected, done.stderr
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(capsys, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
     monkeypatch.setenv("_AUTOLORA_COMPLETE", f"source_{shell}")
@@ -150,7 +254,7 @@ def test_ctrl_c_leaves_no_half_file(home: Path) -> None:
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130, err
+    assert process.returncode == -signal.SIGINT, "a shell's loop around it ends as well"
     assert out == "" and err.splitlines()[-1] == "autolora: interrupted." and "Traceback" not in err
     assert not (home / "pics").exists() or os.listdir(home / "pics") == []
 

@@ -23,7 +23,8 @@ LORA_HASH_DIGITS = 12
 MODEL_HASH_DIGITS = 10
 
 _NEGATIVE = "Negative prompt:"
-_SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# A1111's pattern with a bound on names, without which a long line takes its square in time.
+_SETTING = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _FEWEST_SETTINGS = 3  # with fewer, A1111 takes the last line for a part of the prompt
 _NOT_IN_NAMES = re.compile(r'[:,<>"\\\s]+')
 
@@ -96,8 +97,9 @@ def read_parameters(text: str) -> Parameters:
     for line in (line.strip() for line in lines):
         negative = negative or line.startswith(_NEGATIVE)
         parts[negative].append(line.removeprefix(_NEGATIVE).strip() if negative else line)
-    settings = {name: _unquote(value) for name, value in pairs}
-    return Parameters("\n".join(parts[0]), "\n".join(parts[1]), settings)
+    # Blank lines count between others only.
+    prompt, negative_prompt = ("\n".join(part).lstrip("\n") for part in parts)
+    return Parameters(prompt, negative_prompt, {name: _unquote(value) for name, value in pairs})
 
 
 def _lora_hashes(report: Report) -> str | None:

@@ -88,9 +88,9 @@ class Attachments:
                 then.
         """
         from autolora.fusion import set_strengths
-        from autolora.fusion.matching import changed_strengths
+        from autolora.fusion.matching import check_strengths
 
-        changed_strengths(list(self.strengths), strengths)
+        check_strengths(list(self.strengths), strengths)
         changed = [
             replace(entry, strength=float(strengths.get(entry.lora.name, entry.strength)))
             for entry in self.chosen

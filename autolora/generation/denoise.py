@@ -282,6 +282,6 @@ class _Teller:
 
 
 def chunks(seeds: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Split seeds into batches of at most ``size``."""
-    for start in range(0, len(seeds), max(size, 1)):
-        yield list(seeds[start : start + max(size, 1)])
+    """Split seeds into batches of at most ``size``, which is at least 1."""
+    for start in range(0, len(seeds), size):
+        yield list(seeds[start : start + size])

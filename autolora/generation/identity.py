@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from autolora.errors import AutoLoRAError
 from autolora.flux.config import PipelineConfig
 from autolora.generation.report import BaseModel
 
@@ -83,9 +82,9 @@ def fingerprint(path: Path) -> str:
         path: The file.
 
     Returns:
-        ``sha256:`` and the hash of a file of up to `MAX_WHOLE_BYTES`; of a larger one ``sampled:``
-        and the hash of its size and of `SAMPLES` evenly spaced blocks, its beginning (where the
-        header is) and end among them.
+        The kind of hash, a colon and the hash. The kind is ``sha256`` for a file of up to
+        `MAX_WHOLE_BYTES`, else ``sampled``, over its size and `SAMPLES` evenly spaced blocks, its
+        beginning (where the header is) and end among them.
 
     Raises:
         OSError: It cannot be read.
@@ -113,7 +112,7 @@ def data_sha256(path: Path) -> str:
 def _fingerprint_or_empty(path: Path) -> str:
     try:
         return fingerprint(path)
-    except (OSError, AutoLoRAError):
+    except OSError:
         return ""
 
 

@@ -86,7 +86,8 @@ class Planner:
         request = make_request(self._config, prompt, seed=seed, **wanted)
         asked = merge_asked(asked_loras(loras), request.tags)
         standing = self._attachments
-        name = strategy or (standing.strategy if standing.chosen else self._config.strategy)
+        usual = standing.strategy if standing.chosen else self._config.strategy
+        name = usual if strategy is None else strategy
         uses_gates = get_strategy(name).uses_gates
         notes: list[str] = []
         clock = Clock()
@@ -125,5 +126,5 @@ class Planner:
         if attached or not retrieve or len(named) >= request.top_k:
             return standing + named
         hits = self.retrieve(request, [entry.lora.name for entry in named])
-        notes += left_out_notes(self._search().open().report.left_out)
+        notes += left_out_notes(self._search().open().report.left_out, self._pool().folder)
         return named + load_hits(self._pool(), hits, notes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -32,6 +32,26 @@ def check_png_name(path: Path) -> Path:
     if os.path.isdir(path):
         raise GenerationError(f"{shown(path)} is a folder; name a file in it.")
     return path
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that a file can be written, as far as that can be told before it is.
+
+    Args:
+        path: The file; folders on the way to it may be missing.
+
+    Raises:
+        GenerationError: The nearest folder that is there is none, or may not be written.
+    """
+    folder = path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not os.path.isdir(folder):
+        raise GenerationError(f"{shown(path)} cannot be written: {shown(folder)} is no folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise GenerationError(
+            f"{shown(path)} cannot be written: you may not write in {shown(folder)}."
+        )
 
 
 def encode_png(image: Image, texts: Mapping[str, str], file: BinaryIO) -> None:
@@ -70,12 +90,12 @@ def write_png(image: Image, texts: Mapping[str, str], path: Path, overwrite: boo
     target = check_png_name(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
+        # Made by open, unlike tempfile's, the file has the permissions that its owner's files have.
+        temporary = target.with_name(f".{secrets.token_hex(8)}.part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:
                 encode_png(image, texts, file)
-            os.chmod(temporary, 0o644)  # mkstemp makes the file private to its owner
-            return _place(Path(temporary), target, overwrite)
+            return _place(temporary, target, overwrite)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -103,10 +123,10 @@ def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
         with Image.open(path, formats=["PNG"]) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width}x{image.height} pixels")
-            image.load()  # text may stand behind the pixels; and a truncated file shows here
             assert isinstance(image, PngImagePlugin.PngImageFile)
+            # Decodes the pixels too, as text may stand behind them; a truncated file shows here.
             return {str(key): str(text) for key, text in image.text.items()}
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise GenerationError(
             f"{shown(path)} cannot be read as a PNG picture: "
             f"{shown(getattr(error, 'strerror', None) or error)}."

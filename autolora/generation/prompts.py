@@ -60,14 +60,28 @@ def parse_prompt(prompt: str) -> ParsedPrompt:
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise GenerationError("The prompt is empty; say what the picture shall show.")
-    if len(prompt) > MAX_PROMPT:
-        raise GenerationError(
-            f"The prompt has {len(prompt)} characters; at most {MAX_PROMPT} are possible."
-        )
-    if any("\ud800" <= char <= "\udfff" for char in prompt):
-        raise GenerationError("The prompt is not valid text; save or type it as UTF-8.")
+    check_text(prompt, "The prompt")
     loras = tuple(_parse_tag(match.group(1)) for match in _TAG.finditer(prompt))
     return ParsedPrompt(_tidy(_TAG.sub(" ", prompt)), loras)
+
+
+def check_text(text: str, what: str) -> str:
+    """Make sure that a text can be read by a text encoder.
+
+    Args:
+        text: A prompt or negative prompt.
+        what: What a message calls it.
+
+    Raises:
+        GenerationError: It is far too long, or has bytes that are no UTF-8.
+    """
+    if len(text) > MAX_PROMPT:
+        raise GenerationError(
+            f"{what} has {len(text)} characters; at most {MAX_PROMPT} are possible."
+        )
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise GenerationError(f"{what} is not valid text; save or type it as UTF-8.")
+    return text
 
 
 def parse_lora(text: str) -> AskedLoRA:

@@ -8,7 +8,7 @@ change a picture's last bits, which is only worth a note.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from autolora.adapters import Pool
 from autolora.adapters.reader import file_sha256
 from autolora.errors import GenerationError, LoRAFormatError, shown
 from autolora.flux.config import PipelineConfig
-from autolora.generation import a1111
+from autolora.generation import a1111, comfy
 from autolora.generation.identity import identify_base
 from autolora.generation.png import read_texts
 from autolora.generation.prompts import AskedLoRA
@@ -42,8 +42,8 @@ class Pipeline(Protocol):
         """Strength by name of what stays attached."""
         ...
 
-    def __call__(self, *args: Any, **options: Any) -> Output:
-        """Generate a picture."""
+    def generate_many(self, prompt: str, seeds: Sequence[int], **options: Any) -> list[Output]:
+        """Generate several pictures."""
         ...
 
 
@@ -72,15 +72,18 @@ def load_report(path: str | Path) -> Report:
         GenerationError: It is no picture, was made by another program, or its report is damaged.
     """
     texts = read_texts(path)
-    if CHUNK not in texts and a1111.CHUNK in texts:
+    if CHUNK not in texts and (a1111.CHUNK in texts or comfy.CHUNK in texts):
         raise GenerationError(
             f"{shown(path)} was made by another program, so that it cannot be repeated; "
             "`autolora show` prints its prompt and settings."
         )
     try:
-        return Report.from_dict(read_report(path))
+        report = Report.from_dict(read_report(path))
+        if report.batch and report.seed not in report.batch:
+            raise GenerationError("The report is damaged: its batch is without its seed.")
     except GenerationError as error:
         raise GenerationError(f"{shown(path)} cannot be repeated: {error}") from error
+    return report
 
 
 def compare(report: Report, pipe: Pipeline) -> Differences:
@@ -174,7 +177,7 @@ def restore_facts(report: Report, recorded: Report, notes: list[str]) -> Report:
     Args:
         report: Of the repetition.
         recorded: Of the first picture.
-        notes: What differs, to be added to the first one's notes.
+        notes: What differs, to be added to the first one's notes with what the repetition says.
     """
     first = {used.name: used for used in recorded.adapters}
     fresh = {used.name: used for used in report.adapters}
@@ -188,12 +191,14 @@ def restore_facts(report: Report, recorded: Report, notes: list[str]) -> Report:
         )
         for name, used in first.items()
     ]
-    known = [*recorded.notes, *(note for note in notes if note not in recorded.notes)]
+    known = list(dict.fromkeys([*recorded.notes, *notes, *report.notes]))
     return dataclasses.replace(report, prompt=recorded.prompt, adapters=adapters, notes=known)
 
 
 def repeat(path: str | Path, pipe: Pipeline, force: bool = False, **options: Any) -> Output:
     """Make a picture again, on the same machine to the byte.
+
+    One that was drawn in a batch is drawn in that batch again, as its last bits hang on it.
 
     Args:
         path: A PNG file that AutoLoRA wrote.
@@ -209,7 +214,10 @@ def repeat(path: str | Path, pipe: Pipeline, force: bool = False, **options: Any
     """
     recorded = load_report(path)
     notes = check(recorded, pipe, force)
-    output = pipe(recorded.used_prompt, recorded.seed, **repeat_options(recorded), **options)
+    seeds = recorded.batch or [recorded.seed]
+    given = {**repeat_options(recorded), **options}
+    outputs = pipe.generate_many(recorded.used_prompt, seeds, batch=len(seeds), **given)
+    output = outputs[seeds.index(recorded.seed)]
     output.report = restore_facts(output.report, recorded, notes)
     return output
 

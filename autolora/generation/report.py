@@ -106,6 +106,8 @@ class Report:
         true_cfg: Scale of classifier-free guidance where `guidance` is embedded; None where
             `guidance` itself is classifier-free.
         text_encoders: Whether the adapters' text encoder parts were applied.
+        batch: Seeds of the pictures that were drawn at once, this one's among them, in order: its
+            last bits hang on them. Empty where it was drawn alone.
         adapters: What took part, in order.
         base: What the base model was.
         notes: What a user should know, one sentence each, such as files that were left out.
@@ -128,6 +130,7 @@ class Report:
     sigma_shift: float | None = None
     true_cfg: float | None = None
     text_encoders: bool = False
+    batch: list[int] = field(default_factory=list)
     adapters: list[UsedAdapter] = field(default_factory=list)
     base: BaseModel | None = None
     notes: list[str] = field(default_factory=list)
@@ -281,6 +284,7 @@ _FITS: Mapping[str, Callable[[Any], bool]] = {
     "bool": lambda value: isinstance(value, bool),
     "float": _is_number,
     "float | None": lambda value: value is None or _is_number(value),
+    "list[int]": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
     "list[str]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "dict[str, str]": _is_table(_is_text),
     "dict[str, float]": _is_table(_is_number),

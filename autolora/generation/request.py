@@ -15,9 +15,17 @@ from autolora.flux.config import (
     steps_problem,
     top_k_problem,
 )
-from autolora.generation.prompts import AskedLoRA, ParsedPrompt, check_strength, parse_prompt
+from autolora.generation.prompts import (
+    AskedLoRA,
+    ParsedPrompt,
+    check_strength,
+    check_text,
+    parse_prompt,
+)
 
 MAX_SEED = 2**63 - 1
+MAX_BATCH = 16
+"""Most pictures that are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def make_request(
         typed=prompt,
         prompt=parsed.text,
         tags=parsed.loras,
-        negative_prompt=negative_prompt.strip(),
+        negative_prompt=check_text(negative_prompt, "The negative prompt").strip(),
         seed=seed,
         steps=config.steps if steps is None else steps,
         width=width,
@@ -126,6 +134,8 @@ def asked_loras(pairs: Sequence[str | tuple[str, float] | AskedLoRA]) -> list[As
     asked = []
     for pair in pairs:
         if isinstance(pair, AskedLoRA):
+            if pair.strength is not None:
+                check_strength(pair.name, pair.strength)
             asked.append(pair)
         elif isinstance(pair, str):
             asked.append(AskedLoRA(pair))
@@ -147,6 +157,17 @@ def parse_size(text: str) -> tuple[int, int]:
         )
     width, height = match.groups()
     return int(width), int(height or width)
+
+
+def check_batch(batch: int) -> int:
+    """Make sure that so many pictures can be drawn at once.
+
+    Raises:
+        GenerationError: They cannot.
+    """
+    if 1 <= batch <= MAX_BATCH:
+        return batch
+    raise GenerationError(f"Batch must be between 1 and {MAX_BATCH}, not {batch}.")
 
 
 def _seed_problem(seed: int) -> str | None:

@@ -153,7 +153,7 @@ class PoolSearch:
 
         located = locate_part(self.config, "transformer")
         # A pool can be indexed before the checkpoint is there: FLUX.1 has one size.
-        sizes = FLUX1_DEV.flux if located.missing or not located.paths else flux_sizes(located)
+        sizes = flux_sizes(located) if located.complete else FLUX1_DEV.flux
         return sizes.linear_shapes()
 
     @cached_property

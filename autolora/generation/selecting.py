@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autolora.errors import LoRAFormatError, PoolError, shown
@@ -78,7 +80,7 @@ def load_hits(pool: Pool, hits: Sequence[Hit], notes: list[str]) -> list[Chosen]
         try:
             lora = pool.load(hit.name)
         except (PoolError, LoRAFormatError) as error:
-            notes.append(f"Left out: {error}")
+            notes += left_out_notes({hit.name: str(error)}, pool.folder)
             continue
         chosen.append(Chosen(lora, preferred_strength(lora), hit.why, hit.score, hit))
     return chosen
@@ -125,7 +127,8 @@ def with_triggers(prompt: str, chosen: Sequence[Chosen]) -> str:
     """Add the trigger words of adapters none of whose words the prompt has.
 
     An author's further words are alternatives more often than not, so the first few are enough.
-    What was added is noted in each entry's ``triggers``.
+    An adapter that is subtracted or turned off gets none: they would ask for what it is to take
+    away. What was added is noted in each entry's ``triggers``.
 
     Returns:
         The prompt that the model reads.
@@ -134,14 +137,21 @@ def with_triggers(prompt: str, chosen: Sequence[Chosen]) -> str:
     for entry in chosen:
         words = entry.lora.metadata.trigger_words
         entry.triggers = []
-        if not any(has_phrase(text, word) for word in words):
+        if entry.strength > 0 and not any(has_phrase(text, word) for word in words):
             text, entry.triggers = add_triggers(text, words[:MAX_TRIGGERS])
     return text
 
 
-def left_out_notes(left_out: Mapping[str, str]) -> list[str]:
-    """Say which files of the pool cannot be used, a few by name and the rest as a number."""
-    notes = [f"Left out: {reason}" for reason in list(left_out.values())[:MAX_NOTES]]
+def left_out_notes(left_out: Mapping[str, str], folder: Path) -> list[str]:
+    """Say which files of the pool cannot be used, a few by name and the rest as a number.
+
+    Args:
+        left_out: Reason by name.
+        folder: The pool. Its place is taken out of the reasons: notes go into pictures, and where
+            files lie on somebody's disk is nobody else's business.
+    """
+    reasons = [reason.replace(f"{folder}{os.sep}", "") for reason in left_out.values()]
+    notes = [f"Left out: {reason}" for reason in reasons[:MAX_NOTES]]
     more = len(left_out) - len(notes)
     if more > 0:
         notes.append(f"{more} more files were left out; `autolora pool check` lists them.")

@@ -186,6 +186,29 @@ def parse_or_skip(text: str) -> tuple[str, str, dict[str, str]]:
         return found.prompt, found.negative_prompt, found.settings
 
 
+def test_blank_lines_at_the_beginning_do_not_count() -> None:
+    settings = "Steps: 1, Sampler: Euler, Seed: 2"
+    written = f"a cat\n\nat night\nNegative prompt:\n\ndogs\n\ncats\n{settings}"
+    found = read_parameters(written)
+    assert (found.prompt, found.negative_prompt) == parse(written)[:2]
+    assert found.negative_prompt == "dogs\n\ncats"
+
+
+@pytest.mark.parametrize("line", ["a" * 500_000, "a: " + " " * 500_000 + "b", 'a1:"' * 100_000])
+def test_endless_lines_are_read_in_time(line: str) -> None:
+    # By A1111's own pattern these take hours.
+    assert read_parameters(line).prompt[:2] in (line[:2], "")
+
+
+def test_fewer_than_three_settings_are_a_line_of_the_prompt() -> None:
+    for last in ("Steps: 3, Seed: 4", "Steps: 3"):
+        text = f"a cat\n{last}"
+        assert parse(text)[0] == text
+        found = read_parameters(text)
+        assert (found.prompt, found.settings) == (text, {})
+    assert read_parameters("a cat\nSteps: 3, Seed: 4, Size: 8x8").prompt == "a cat"
+
+
 def test_a_text_of_a1111_is_read() -> None:
     found = read_parameters(
         "masterpiece, <lora:neon:1>\nsecond line\nNegative prompt: ugly\nSteps: 28, Sampler: "

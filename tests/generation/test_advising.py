@@ -28,7 +28,16 @@ def test_variants_are_told_from_what_people_write(base_model: str, variant: str 
     assert made_for(base_model) == variant
 
 
-def notes(variant="dev", guidance_embedder="a module", negative="", scale=1.0, made="", words=3):
+def notes(
+    variant="dev",
+    guidance_embedder="a module",
+    negative="",
+    scale=1.0,
+    made="",
+    words=3,
+    strength=1.0,
+    bounds=None,
+):
     base = SimpleNamespace(
         notes=["loaded so"],
         variant=variant,
@@ -36,9 +45,11 @@ def notes(variant="dev", guidance_embedder="a module", negative="", scale=1.0, m
         dit=SimpleNamespace(guidance_embedder=guidance_embedder),
         tokenizer_2=lambda prompt: SimpleNamespace(input_ids=[0] * len(prompt.split())),
     )
-    lora = SimpleNamespace(name="a\nb", metadata=SimpleNamespace(base_model=made))
+    lora = SimpleNamespace(
+        name="a\nb", metadata=SimpleNamespace(base_model=made, strength_bounds=bounds)
+    )
     request = SimpleNamespace(negative_prompt=negative, guidance=scale, true_cfg=scale)
-    found = base_notes(base, request, [Chosen(lora, 1.0, "asked for")], "x " * words)
+    found = base_notes(base, request, [Chosen(lora, strength, "asked for")], "x " * words)
     assert found[0] == "loaded so"
     return found[1:]
 
@@ -53,3 +64,14 @@ def test_notes_are_given_where_they_are_due() -> None:
     assert "it needs true_cfg" in notes(negative="dogs")[0]
     assert "it needs guidance" in notes(negative="dogs", guidance_embedder=None)[0]
     assert "longer than 8 tokens" in notes(words=9)[0]
+
+
+def test_strengths_beyond_what_is_meant_are_noted() -> None:
+    assert notes(strength=2.0) == notes(strength=-2.0) == []
+    assert "acts at strength 2.5; pictures often fall apart" in notes(strength=2.5)[0]
+    assert "acts at strength -3;" in notes(strength=-3.0)[0]
+    assert notes(strength=3.0, bounds=(0.5, 3.0)) == notes(strength=0.5, bounds=(0.5, 3.0)) == []
+    for strength in (0.4, 3.1):
+        (note,) = notes(strength=strength, bounds=(0.5, 3.0))
+        assert f"acts at strength {strength:g}; its author recommends 0.5 to 3." in note
+    assert len(notes(strength=5.0, bounds=(3.0, 1.0))) == 1, "bounds that are none are passed over"

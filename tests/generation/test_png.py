@@ -1,5 +1,6 @@
 """PNG files: text of any kind comes back; what is no picture is refused in one sentence."""
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from autolora.errors import GenerationError
-from autolora.generation.png import MAX_PIXELS, read_texts, write_png
+from autolora.generation.png import MAX_PIXELS, check_folder, read_texts, write_png
 from autolora.generation.report import read_report
 
 IMAGE = Image.new("RGB", (8, 4), "red")
@@ -28,6 +29,19 @@ def chunks(content: bytes) -> list[tuple[bytes, bytes]]:
     return found
 
 
+def test_pictures_have_the_permissions_of_new_files(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    path = write_png(IMAGE, {}, tmp_path / "a.png")
+    assert path.stat().st_mode == plain.stat().st_mode
+    before = os.umask(0o077)
+    try:
+        private = write_png(IMAGE, {}, tmp_path / "b.png")
+    finally:
+        os.umask(before)
+    assert private.stat().st_mode & 0o777 == 0o600
+
+
 def test_texts_are_standard_chunks(tmp_path: Path) -> None:
     texts = {"parameters": "a cat, é", "other": "猫 🐈", "lone": "a\udcffb"}
     path = write_png(IMAGE, texts, tmp_path / "a.png")
@@ -36,9 +50,8 @@ def test_texts_are_standard_chunks(tmp_path: Path) -> None:
     assert read_texts(path) == {"parameters": "a cat, é", "other": "猫 🐈", "lone": "a?b"}
 
 
-def big_header(path: Path) -> None:
+def big_header(path: Path, side: int) -> None:
     """A PNG that claims far too many pixels, in a few bytes."""
-    side = int(MAX_PIXELS**0.5) + 1
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     content = b"\x89PNG\r\n\x1a\n"
@@ -49,7 +62,7 @@ def big_header(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "folder", "text", "jpeg", "truncated", "empty", "huge"]
+    "kind", ["missing", "folder", "text", "jpeg", "truncated", "empty", "huge", "far too huge"]
 )
 def test_what_cannot_be_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
@@ -65,7 +78,9 @@ def test_what_cannot_be_read(tmp_path: Path, kind: str) -> None:
     if kind == "empty":
         path.touch()
     if kind == "huge":
-        big_header(path)
+        big_header(path, int(MAX_PIXELS**0.5) + 1)
+    if kind == "far too huge":
+        big_header(path, 100_000)
     with pytest.raises(GenerationError, match="cannot be read as a PNG picture") as caught:
         read_texts(path)
     assert "a.png" in str(caught.value) and "\n" not in str(caught.value)
@@ -85,3 +100,14 @@ def test_reports_that_cannot_be_used(tmp_path: Path, text: str, words: str) -> N
     path = write_png(IMAGE, {"autolora": text}, tmp_path / "a.png")
     with pytest.raises(GenerationError, match=words):
         read_report(path)
+
+
+def test_folders_that_cannot_be_written_are_told_early(tmp_path: Path, monkeypatch) -> None:
+    check_folder(tmp_path / "new" / "newer" / "a.png")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(GenerationError, match="file is no folder"):
+        check_folder(tmp_path / "file" / "new" / "a.png")
+    monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder) != tmp_path)
+    with pytest.raises(GenerationError, match="you may not write in"):
+        check_folder(tmp_path / "new" / "a.png")

@@ -55,6 +55,24 @@ def test_the_same_request_gives_the_same_bytes(pipe, picture: Path, tmp_path: Pa
     assert again.report.timings  # though they are not in the file
 
 
+def test_a_picture_of_a_batch_is_repeated_with_it(pipe, tmp_path: Path, monkeypatch) -> None:
+    seeds = [4, 9, 2]
+    outputs = pipe.generate_many("a neon elephant", seeds, batch=3)
+    calls = []
+    many = pipe.generate_many
+    monkeypatch.setattr(
+        pipe,
+        "generate_many",
+        lambda prompt, seeds, **options: (
+            calls.append((list(seeds), options["batch"])) or many(prompt, seeds, **options)
+        ),
+    )
+    for output in outputs[1:]:
+        path = output.save(tmp_path / "a.png")
+        assert repeat(path, pipe).png() == path.read_bytes()
+    assert calls == [(seeds, 3)] * 2
+
+
 @pytest.mark.parametrize(
     ("prompt", "negative"),
     [
@@ -165,6 +183,17 @@ def test_damaged_and_foreign_pictures(pipe, picture: Path, tmp_path: Path) -> No
     foreign = write_png(image, {"parameters": texts["parameters"]}, tmp_path / "foreign.png")
     facts["seed"] = "seven"
     damaged = write_png(image, {CHUNK: json.dumps(facts)}, tmp_path / "damaged.png")
-    for path, words in ((foreign, "another program"), (damaged, "seed is 'seven'")):
+    facts.update(seed=7, batch=[1, 2])
+    astray = write_png(image, {CHUNK: json.dumps(facts)}, tmp_path / "astray.png")
+    facts.update(batch=[], adapters=[{**facts["adapters"][0], "strength": 1e30}])
+    absurd = write_png(image, {CHUNK: json.dumps(facts)}, tmp_path / "absurd.png")
+    workflow = write_png(image, {"prompt": "{}"}, tmp_path / "workflow.png")
+    for path, words in (
+        (foreign, "another program"),
+        (workflow, "another program"),
+        (damaged, "seed is 'seven'"),
+        (astray, "batch is without its seed"),
+        (absurd, "strength 1e\\+30 of LoRA 'elephant' is out of range"),
+    ):
         with pytest.raises(GenerationError, match=words):
             repeat(path, pipe)

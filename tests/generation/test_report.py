@@ -39,6 +39,7 @@ reports = st.builds(
     sigma_shift=st.none() | number,
     true_cfg=st.none() | number,
     text_encoders=st.booleans(),
+    batch=st.lists(st.integers(0, 2**63 - 1), max_size=3),
     adapters=st.lists(adapters, max_size=2),
     base=st.none()
     | st.builds(
@@ -84,6 +85,7 @@ def test_keys_of_other_versions_are_passed_over() -> None:
         ({"guidance": None}, "guidance is None"),
         ({"prompt": ["a"]}, "prompt is"),
         ({"notes": [1]}, "notes is"),
+        ({"batch": [1.5]}, "batch is"),
         ({"timings": {"total": "1"}}, "timings is"),
         ({"adapters": "neon"}, "adapters is"),
         ({"adapters": ["neon"]}, "does not hold keys and values"),
