@@ -1,4 +1,4 @@
-# make setup | demo PROMPT="…" | test | lint | docs | clean
+# make setup | demo PROMPT="…" | test | browser | lint | docs | clean
 # Everything is installed into .venv; PYTHON chooses the interpreter (3.10 or newer) that makes it.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ help:
 	@echo 'make browser             test the web console with Chromium'
 	@echo 'make lint                only lint and type check'
 	@echo 'make docs                build the documentation into build/site'
-	@echo 'make clean               remove caches, builds and the search index'
+	@echo 'make clean               remove caches, builds and the search index; pictures stay'
 
 setup: $(STAMP)
 
@@ -57,7 +57,8 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
+# What took long to make stays: pictures, and a tiny world under build/.
 clean:
-	rm -rf build dist index *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
-	rm -rf .hypothesis $(OUTPUTS)
+	rm -rf build/site build/lib build/bdist.* dist index *.egg-info .hypothesis
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -4,10 +4,12 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE = 400
@@ -95,7 +97,7 @@ def test_configs_of_base_models_load() -> None:
         assert load_config(name).name == name
 
 
-def committed_texts() -> list[Path]:
+def committed_files() -> list[Path]:
     """Files that git tracks or would add."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -105,8 +107,11 @@ def committed_texts() -> list[Path]:
     )
     if listed.returncode:
         pytest.skip("not a git checkout")
-    files = [ROOT / name for name in listed.stdout.splitlines()]
-    return [file for file in files if file.suffix in TEXT_SUFFIXES and file.is_file()]
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def committed_texts() -> list[Path]:
+    return [file for file in committed_files() if file.suffix in TEXT_SUFFIXES]
 
 
 def test_no_paths_of_one_machine() -> None:
@@ -120,13 +125,29 @@ def test_no_paths_of_one_machine() -> None:
 
 
 def test_no_large_file_is_committed() -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    files = [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    assert not [relative(file) for file in files if file.stat().st_size > 25_000_000]
+    assert not [relative(f) for f in committed_files() if f.stat().st_size > 25_000_000]
+
+
+def test_a_wheel_holds_every_file_of_the_package() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = settings["tool"]["setuptools"]
+    held: set[Path] = set()
+    for package in packages["packages"]:
+        folder = ROOT / packages["package-dir"].get(package, package.replace(".", "/"))
+        for pattern in ("*.py", *packages["package-data"].get(package, [])):
+            held.update(folder.glob(pattern))
+    ours = {file for file in committed_files() if file.is_relative_to(ROOT / "autolora")}
+    assert not sorted(relative(file) for file in ours - held)
+
+
+def test_what_is_installed_is_what_the_ranges_say() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for lines in (project["dependencies"], *project["optional-dependencies"].values()):
+        for requirement in map(Requirement, lines):
+            try:
+                installed = version(requirement.name)
+            except PackageNotFoundError:
+                continue
+            assert installed in requirement.specifier, f"{requirement}: {installed} is installed"
