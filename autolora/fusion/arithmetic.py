@@ -1,7 +1,7 @@
 """Adapters' outputs added to a base output: the plain sum, and the gated one.
 
-Shapes: ``T`` tokens, ``N`` adapters, ``R`` packed ranks, ``in`` and ``out`` channels. All
-adapters of a layer share one down-projection; `autolora.fusion.plans` says how they are packed,
+Shapes: ``N`` adapters, ``R`` packed ranks, ``in`` and ``out`` channels. All adapters of a layer
+share one down-projection; `autolora.fusion.plans` says how they are packed,
 and `autolora.fusion.kernels` holds the arithmetic behind the gate, once per kind of device.
 """
 
@@ -33,18 +33,23 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if half and device.type == "cpu" else dtype
 
 
-def fuse_sum(y: Tensor, x: Tensor, plan: SumPlan) -> Tensor:
+def fuse_sum(y: Tensor, x: Tensor, plan: SumPlan, inplace: bool = False) -> Tensor:
     """Add all adapters to the base output.
 
     Args:
-        y: Base output, ``[T, out]``.
-        x: The layer's input in the plan's dtype, ``[T, in]``.
+        y: Base output, ``[..., out]``.
+        x: The layer's input, ``[..., in]``.
         plan: The adapters.
+        inplace: Whether ``y`` may be overwritten; not together with gradients.
 
     Returns:
-        ``[T, out]`` in the dtype of ``y``.
+        ``[..., out]`` in the dtype of ``y``.
     """
-    return torch.addmm(y.to(x.dtype), F.linear(x, plan.down), plan.up).to(y.dtype)
+    hidden = F.linear(_rows(x, y.device, plan.down.dtype), plan.down)
+    base = y.reshape(-1, y.shape[-1]).to(hidden.dtype)
+    # A copy of ``y`` would cost as much as the product; it is spared where it may be.
+    fused = base.addmm_(hidden, plan.up) if inplace else torch.addmm(base, hidden, plan.up)
+    return fused.to(y.dtype).view(y.shape)
 
 
 def fuse_gated(
@@ -52,24 +57,28 @@ def fuse_gated(
     x: Tensor,
     plan: GatedPlan,
     terms: GateTerms,
-    record: Recorder | None = None,
+    record: bool = False,
     inplace: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Add all adapters through the gate to the base output.
 
     Args:
-        y: Base output, ``[T, out]``.
-        x: The layer's input in the plan's dtype, ``[T, in]``.
+        y: Base output, ``[..., out]``.
+        x: The layer's input, ``[..., in]``.
         plan: The adapters.
         terms: The gate, at least float32.
-        record: Called with the mean gates, ``[N]``.
+        record: Whether to return the mean gates.
         inplace: Whether ``y`` may be overwritten; ignored where gradients are wanted.
 
     Returns:
-        ``[T, out]`` in the dtype of ``y``.
+        ``[..., out]`` in the dtype of ``y``, and the mean of ``w_out * g_i`` over tokens and
+        channels, ``[N]``, or None.
     """
-    h = F.linear(x, plan.down)
-    fused, means = gated.fuse(y, h, plan.ups, terms, record is not None, inplace)
-    if record is not None and means is not None:
-        record(means)
-    return fused
+    hidden = F.linear(_rows(x, y.device, plan.down.dtype), plan.down)
+    base = y.reshape(-1, y.shape[-1])
+    fused, means = gated.fuse(base, hidden, plan.ups, terms, record, inplace)
+    return fused.view(y.shape), means
+
+
+def _rows(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(device=device, dtype=dtype)

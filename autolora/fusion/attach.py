@@ -16,13 +16,13 @@ from autolora.fusion.linear import FusedLinear, linear_shape
 from autolora.fusion.matching import (
     AttachedAdapter,
     attached_layers,
-    changed_strengths,
     check_adapters,
+    check_strengths,
     find_linears,
     match,
     replace_layer,
 )
-from autolora.fusion.merge import Merge, merge_, merge_of, restore
+from autolora.fusion.merge import Merge, MergeReport, merge_, merge_of, restore
 from autolora.fusion.strategies import Strategy, get_strategy
 
 
@@ -127,12 +127,12 @@ def set_strengths(module: nn.Module, strengths: Mapping[str, float]) -> None:
     """
     merge = merge_of(module)
     if merge is not None:
-        changed_strengths([adapter.name for adapter, _ in merge.pairs], strengths)
+        check_strengths([adapter.name for adapter, _ in merge.pairs], strengths)
         pairs = [(adapter, strengths.get(adapter.name, value)) for adapter, value in merge.pairs]
-        _remerge(module, merge, pairs)
+        remerge(module, merge, pairs)
         return
     fused = attached_layers(module)
-    changed_strengths(attached_names(module), strengths)
+    check_strengths(attached_names(module), strengths)
     for layer in fused.values():
         if not strengths.keys().isdisjoint(layer.names):
             current = zip(layer.names, layer.strengths, strict=True)
@@ -222,21 +222,33 @@ def _merge_instead(module: nn.Module, adapters: Sequence[tuple[Adapter, float]])
     if not adapters:
         return AttachReport("merged", (), (), ())
     try:
-        report = merge_(module, adapters)
+        return _told(merge_(module, adapters))
     except BaseException:
         before.put_back(module)
         raise
-    return AttachReport("merged", report.layers, report.adapters, (), report.rounding)
 
 
-def _remerge(module: nn.Module, merge: Merge, pairs: Sequence[tuple[Adapter, float]]) -> None:
+def remerge(
+    module: nn.Module, merge: Merge, pairs: Sequence[tuple[Adapter, float]]
+) -> AttachReport:
+    """Merge other adapters or strengths in the place of a merge in force, backed up as it was.
+
+    Raises:
+        FusionError: As for `autolora.fusion.merge.merge_`; the former merge is in force then.
+    """
     before = _InForce.of(module)
     restore(module)
+    if not pairs:
+        return AttachReport("merged", (), (), ())
     try:
-        merge_(module, pairs, merge.backup, merge.original)
+        return _told(merge_(module, pairs, merge.backup, merge.original))
     except BaseException:
         before.put_back(module)
         raise
+
+
+def _told(report: MergeReport) -> AttachReport:
+    return AttachReport("merged", report.layers, report.adapters, (), report.rounding)
 
 
 def _check_gates(

@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from autolora.fusion.gate import tensor_version
+from autolora.fusion.gate import tensor_versions
 from autolora.fusion.plans import PreparedFactors, prepare_factors
 
 _Entry = tuple[tuple[object, ...], "weakref.ref[Tensor]", PreparedFactors]
 
 # By the up-projection. Nothing in an entry holds it, so that it can go.
 _KEPT = WeakIdKeyDictionary()
+
+
+def derives(a: Tensor, b: Tensor, device: torch.device) -> bool:
+    """Whether `derived_factors` keeps what it computes of these."""
+    return b.device == device and not a.requires_grad and not b.requires_grad
 
 
 def derived_factors(
@@ -34,9 +39,9 @@ def derived_factors(
         dtype: Of the products.
         device: Where they are computed.
     """
-    if b.device != device or a.requires_grad or b.requires_grad:
+    if not derives(a, b, device):
         return prepare_factors(a, b, dtype, device)
-    stamp = (dtype, tensor_version(a), tensor_version(b))
+    stamp = (dtype, *tensor_versions((a, b)))
     entry: _Entry | None = _KEPT.get(b)
     if entry is not None and entry[0] == stamp and entry[1]() is a:
         return entry[2]

@@ -13,7 +13,7 @@ adapters, so that one gate fuses any number of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +77,7 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
         self.norm_base = nn.LayerNorm(out_features, eps=eps)
         self.norm_lora = nn.LayerNorm(out_features, eps=eps)
-        self._cached_terms: tuple[tuple[object, ...], GateTerms | None] | None = None
+        self._cached_terms: tuple[tuple[object, ...], GateTerms | None, list[Tensor]] | None = None
 
     @classmethod
     def neutral(cls, out_features: int) -> Gate:
@@ -138,13 +138,15 @@ class Gate(nn.Module):
         """
         if self.trains:
             return self.make_terms(dtype, device)
-        key = (dtype, device, *self._stamps())
-        if self._cached_terms is None or self._cached_terms[0] != key:
+        tensors = self.tensors()
+        key = (dtype, device, *tensor_versions(tensors))
+        cached = self._cached_terms
+        if cached is None or cached[0] != key:
             # A cache filled under inference_mode must still serve a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 terms = None if self.is_neutral() else self.make_terms(dtype, device)
-            self._cached_terms = (key, terms)
-        return self._cached_terms[1]
+            cached = self._cached_terms = (key, terms, held(tensors))
+        return cached[1]
 
     def make_terms(self, dtype: torch.dtype, device: torch.device) -> GateTerms:
         """Rearrange the gate anew; differentiable, and also for a gate that is the plain sum."""
@@ -165,21 +167,31 @@ class Gate(nn.Module):
             eps_lora=self.norm_lora.eps,
         )
 
-    def _stamps(self) -> tuple[object, ...]:
+    def tensors(self) -> list[Tensor]:
+        """Return the nine parameters; past nn.Module's look-ups, which are slow."""
         modules = self._modules
         norms = (modules["norm_base"]._parameters, modules["norm_lora"]._parameters)  # type: ignore[union-attr]
-        parameters = [*self._parameters.values(), *norms[0].values(), *norms[1].values()]
-        try:  # written for speed: this runs in every call of every layer
-            return tuple([(p.data_ptr(), p._version) for p in parameters])  # type: ignore[union-attr]
-        except RuntimeError:  # inference tensors do not count their versions
-            return tuple(tensor_version(p) for p in parameters)
+        return [*self._parameters.values(), *norms[0].values(), *norms[1].values()]  # type: ignore[list-item]
 
 
-def tensor_version(tensor: Tensor | None) -> tuple[int, int]:
-    """Return a stamp that changes when the tensor is replaced, moved, or written in place."""
-    if tensor is None:
-        return (0, 0)
-    return (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+Stamps = tuple[tuple[int, int], ...]
+
+
+def tensor_versions(tensors: Iterable[Tensor]) -> Stamps:
+    """Return stamps that change when a tensor is replaced, moved, or written in place."""
+    try:  # the usual case, written for speed
+        return tuple([(tensor.data_ptr(), tensor._version) for tensor in tensors])
+    except RuntimeError:  # inference tensors do not count their versions
+        return tuple([(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors])
+
+
+def held(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return aliases that keep the tensors' memory, so that no other comes to lie at its address.
+
+    Without them a stamp of `tensor_versions` could fit a tensor that was put in the place of
+    another whose memory was handed out again.
+    """
+    return [tensor.detach() for tensor in tensors]
 
 
 def _check_tensors(state_dict: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from autolora.errors import FusionError
 from autolora.fusion import arithmetic
 from autolora.fusion.arithmetic import Recorder
-from autolora.fusion.gate import Gate, GateTerms
+from autolora.fusion.gate import Gate, GateTerms, Stamps, tensor_versions
+from autolora.fusion.kernels import native
 from autolora.fusion.packing import PackedAdapters
 from autolora.fusion.plans import Capacity, Factors
 
@@ -40,6 +42,14 @@ class FusedLinear(nn.Module):
         FusionError: A shape, a name or a strength does not fit.
     """
 
+    names: tuple[str, ...]
+    """The adapters' names, in order."""
+    _factors: tuple[Factors, ...]
+    _strengths: tuple[float, ...]
+    _live: tuple[int, ...]
+    _idle: bool
+    _laid_out: tuple[Stamps, native.PreparedLayer | None] | None
+
     def __init__(
         self,
         base: nn.Module,
@@ -61,7 +71,6 @@ class FusedLinear(nn.Module):
         self._recorder: Recorder | None = None
         self._packed = PackedAdapters(shape[1], shape[0], capacity)
         self._ready_terms: tuple[torch.dtype, torch.device, GateTerms | None] | None = None
-        self._factors: tuple[Factors, ...] = ()
         names = tuple(map(str, range(len(factors)))) if names is None else names
         self.set_adapters(names, factors, strengths)
 
@@ -142,20 +151,37 @@ class FusedLinear(nn.Module):
     ) -> None:
         live = tuple(i for i, value in enumerate(values) if value != 0)
         self._packed.set([factors[i] for i in live], [values[i] for i in live])
-        self.names, self._factors, self._strengths, self._live = names, factors, values, live
-        self._idle = not live and self._packed.capacity is None
+        # Past nn.Module's registration, which would be most of the cost of a switch.
+        self.__dict__.update(
+            names=names,
+            _factors=factors,
+            _strengths=values,
+            _live=live,
+            _idle=not live and self._packed.capacity is None,
+            _laid_out=None,
+        )
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the base's output with the adapters', ``[..., in] -> [..., out]``, its dtype."""
-        y: Tensor = self.base(x, *args, **kwargs)
-        # Compiled code must not depend on which adapters are live.
-        if self._idle or not (torch.compiler.is_compiling() or self._live):
+        # Past nn.Module's look-ups, here and below: in a small layer they cost as much as the sum.
+        base = self._modules["base"]
+        y: Tensor = base(x, *args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            # Compiled code must not depend on which adapters are live.
+            return y if self._idle else self._add_adapters(x, y, False)
+        if not self._live:
             return y
-        # The dtypes are chosen here; autocast would choose them per operation.
-        if torch.is_autocast_enabled(y.device.type):
-            with torch.autocast(y.device.type, enabled=False):
-                return self._add_adapters(x, y)
-        return self._add_adapters(x, y)
+        if torch.is_grad_enabled():
+            return self._add_adapters(x, y, False)
+        # Whether nobody else can hold the base's output, so that it may be overwritten.
+        inplace = isinstance(base, nn.Linear) and not base._forward_hooks
+        layer = self._native_layer() if native.takes(y, x) else None
+        if layer is None:
+            return self._add_adapters(x, y, inplace)
+        fused, means = layer(y, x, self._recorder is not None, inplace)
+        if self._recorder is not None:
+            self._record(means)
+        return fused
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
         """Make ready what the first call would make; call it before compiling or capturing.
@@ -166,54 +192,84 @@ class FusedLinear(nn.Module):
         """
         if self._idle:
             return
+        by_hand = not torch.is_grad_enabled() and native.serves(dtype, device)
+        if by_hand and self._native_layer() is not None:
+            return
         terms = self._terms(dtype, device)
-        dtype = arithmetic.working_dtype(dtype, device)
+        working = arithmetic.working_dtype(dtype, device)
         if terms is None:
-            self._packed.sum(dtype, device)
+            self._packed.sum(working, device)
         else:
-            self._packed.gated(dtype, device)
+            self._packed.gated(working, device)
 
-    def _add_adapters(self, x: Tensor, y: Tensor) -> Tensor:
-        dtype = arithmetic.working_dtype(y.dtype, y.device)
-        rows = x.reshape(-1, x.shape[-1]).to(device=y.device, dtype=dtype)
-        base = y.reshape(-1, y.shape[-1])
+    def _native_layer(self) -> native.PreparedLayer | None:
+        """Return the layer as it is now, laid out for the C kernel; None where that can't serve."""
+        gate = self.gate
+        tensors = self._packed.tensors if gate is None else (*self._packed.tensors, *gate.tensors())
+        stamp = tensor_versions(tensors)
+        kept = self._laid_out
+        if kept is None or kept[0] != stamp:
+            kept = self._laid_out = (stamp, self._lay_out())
+        return kept[1]
+
+    def _lay_out(self) -> native.PreparedLayer | None:
+        dtype, device = torch.float32, torch.device("cpu")
+        with torch.autocast("cpu", enabled=False):
+            terms = self._terms(dtype, device)
+            if terms is None:
+                return native.prepare_sum(self._packed.sum(dtype, device))
+            return native.prepare_gated(self._packed.gated(dtype, device), terms)
+
+    def _add_adapters(self, x: Tensor, y: Tensor, inplace: bool) -> Tensor:
+        # The dtypes are chosen here; autocast would choose them per operation.
+        if torch.is_autocast_enabled(y.device.type):
+            with torch.autocast(y.device.type, enabled=False):
+                return self._add_adapters(x, y, inplace)
         terms = self._terms(y.dtype, y.device)
+        dtype = arithmetic.working_dtype(y.dtype, y.device)
+        record = self._recorder is not None
         if terms is None:
-            fused = arithmetic.fuse_sum(base, rows, self._packed.sum(dtype, y.device))
-            if self._recorder is not None:
-                self._record(torch.ones(len(self._live)))
+            fused = arithmetic.fuse_sum(y, x, self._packed.sum(dtype, y.device), inplace)
+            means = None
         else:
             plan = self._packed.gated(dtype, y.device)
-            record = None if self._recorder is None else self._record
-            inplace = not torch.is_grad_enabled() and self._owns_output()
-            fused = arithmetic.fuse_gated(base, rows, plan, terms, record, inplace)
-        return fused.view(y.shape)
+            fused, means = arithmetic.fuse_gated(y, x, plan, terms, record, inplace)
+        if record:
+            self._record(means)
+        return fused
 
     def _terms(self, dtype: torch.dtype, device: torch.device) -> GateTerms | None:
         """Return the gate's terms for this base output; None is the plain sum."""
         gate = self.gate
         if gate is None:
             return None
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        kept = self._ready_terms
         if not torch.compiler.is_compiling():
             terms = gate.terms(wide, device)
-            self._ready_terms = None if gate.trains else (wide, device, terms)
+            if gate.trains:
+                self._ready_terms = None
+            elif kept is None or kept[0] is not wide or kept[1] != device or kept[2] is not terms:
+                self._ready_terms = (wide, device, terms)
             return terms
         # Which gate is the plain sum can't be decided in compiled code, only before.
-        if gate.trains or self._ready_terms is None or self._ready_terms[:2] != (wide, device):
+        if gate.trains or kept is None or kept[:2] != (wide, device):
             return gate.make_terms(wide, device)
-        return self._ready_terms[2]
+        return kept[2]
 
-    def _owns_output(self) -> bool:
-        """Whether nobody else can hold the base's output, so that it may be overwritten."""
-        return isinstance(self.base, nn.Linear) and not self.base._forward_hooks
-
-    def _record(self, means: Tensor) -> None:
-        """Pass on the live adapters' gates; an adapter of strength 0 says nothing."""
+    def _record(self, means: Tensor | None) -> None:
+        """Pass on the live adapters' gates, 1 for a sum; an adapter of strength 0 says nothing."""
         assert self._recorder is not None
-        all_means = torch.zeros(len(self.names), device=means.device)
-        all_means[list(self._live)] = means[: len(self._live)]
-        self._recorder(all_means)
+        live = torch.ones(len(self._live)) if means is None else means[: len(self._live)]
+        if len(live) < len(self.names):
+            all_means = live.new_zeros(len(self.names))
+            all_means[list(self._live)] = live
+            live = all_means
+        self._recorder(live)
+
+    def __getstate__(self) -> dict[str, object]:
+        # Addresses are of no use to a copy.
+        return {**self.__dict__, "_laid_out": None}
 
     def extra_repr(self) -> str:
         """Describe the adapters for ``print(model)``."""
@@ -239,11 +295,24 @@ def _check_factors(name: str, a: Tensor, b: Tensor, shape: tuple[int, int]) -> N
         )
 
 
+def finite_strength(name: str, strength: object) -> float:
+    """Return an adapter's strength as a number that float32 can hold.
+
+    Raises:
+        FusionError: It is no such number.
+    """
+    real = isinstance(strength, Real)
+    try:
+        value = float(strength) if real else math.nan  # type: ignore[arg-type]
+    except OverflowError:  # a whole number beyond the largest float
+        value = math.inf
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        said = value if real else f"{strength!r:.40}"
+        raise FusionError(f"strength {said} of adapter {name} is not a finite number")
+    return value
+
+
 def _check_strengths(names: Sequence[str], strengths: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(float(s) for s in strengths)
-    if len(values) != len(names):
-        raise FusionError(f"{len(names)} adapters need as many strengths, not {values}")
-    for name, value in zip(names, values, strict=True):
-        if not math.isfinite(value):
-            raise FusionError(f"strength {value} of adapter {name} is not a finite number")
-    return values
+    if len(strengths) != len(names):
+        raise FusionError(f"{len(names)} adapters need as many strengths, not {len(strengths)}")
+    return tuple(finite_strength(n, s) for n, s in zip(names, strengths, strict=True))

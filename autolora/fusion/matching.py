@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from torch import nn
 
 from autolora.errors import FusionError
 from autolora.fusion.adapter import Adapter, DenseAdapter
-from autolora.fusion.linear import FusedLinear, linear_shape
+from autolora.fusion.linear import FusedLinear, finite_strength, linear_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,20 +66,10 @@ def check_adapters(adapters: Sequence[tuple[Adapter, float]]) -> None:
         if names.count(name) > 1:
             raise FusionError(f"adapter {name!r} is given twice; add up its strengths instead")
     for adapter, strength in adapters:
-        check_strength(adapter.name, strength)
+        finite_strength(repr(adapter.name), strength)
 
 
-def check_strength(name: str, strength: float) -> None:
-    """Make sure that a strength is a finite number.
-
-    Raises:
-        FusionError: It is not.
-    """
-    if not isinstance(strength, (int, float)) or not math.isfinite(strength):
-        raise FusionError(f"strength {strength!r} of adapter {name!r} is not a finite number")
-
-
-def changed_strengths(names: Sequence[str], strengths: Mapping[str, float]) -> Mapping[str, float]:
+def check_strengths(names: Sequence[str], strengths: Mapping[str, float]) -> None:
     """Make sure that strengths are for adapters that are attached.
 
     Args:
@@ -92,8 +81,7 @@ def changed_strengths(names: Sequence[str], strengths: Mapping[str, float]) -> M
     """
     for name, strength in strengths.items():
         check_attached(names, name)
-        check_strength(name, strength)
-    return strengths
+        finite_strength(repr(name), strength)
 
 
 def check_attached(names: Sequence[str], name: str) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from autolora.errors import FusionError
-from autolora.fusion.derived import derived_factors
-from autolora.fusion.gate import tensor_version
+from autolora.fusion.derived import derived_factors, derives
+from autolora.fusion.gate import tensor_versions
 from autolora.fusion.plans import (
     Capacity,
     Factors,
@@ -60,6 +61,7 @@ class PackedAdapters:
         self.ready_gated: GatedPlan | None = None
         self._shape = (in_features, out_features)
         self._factors: tuple[Factors, ...] = ()
+        self.tensors: tuple[Tensor, ...] = ()
         self._strengths: tuple[float, ...] = ()
         self._sum_key: tuple[object, ...] = ()
         self._gated_key: tuple[object, ...] = ()
@@ -77,6 +79,7 @@ class PackedAdapters:
                 f"adapters of ranks {ranks} do not fit into {self.capacity}; declare a larger one"
             )
         self._factors, self._strengths = tuple(factors), tuple(strengths)
+        self.tensors = tuple(tensor for pair in self._factors for tensor in pair)
         self._sum_key = self._gated_key = ()
         if self.capacity is None:
             return
@@ -88,9 +91,7 @@ class PackedAdapters:
     @property
     def trains(self) -> bool:
         """Whether a gradient for any factor is wanted right now."""
-        return torch.is_grad_enabled() and any(
-            a.requires_grad or b.requires_grad for a, b in self._factors
-        )
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
 
     def sum(self, dtype: torch.dtype, device: torch.device) -> SumPlan:
         """Return the plan of the plain sum."""
@@ -101,7 +102,7 @@ class PackedAdapters:
             return make_sum_plan(self._factors, self._strengths, dtype, device)
         if self.trains:
             return make_sum_plan(self._factors, self._strengths, dtype, device)
-        key = (dtype, device, self._stamps())
+        key = (dtype, device, tensor_versions(self.tensors))
         if ready is None or self._sum_key != key:
             # A plan made under inference_mode must still serve a later training step.
             with torch.inference_mode(False), torch.no_grad():
@@ -118,7 +119,7 @@ class PackedAdapters:
             return self._unkept(dtype, device)
         if self.trains:
             return self._unkept(dtype, device)
-        key = (dtype, device, self._stamps())
+        key = (dtype, device, tensor_versions(self.tensors))
         if ready is None or self._gated_key != key:
             with torch.inference_mode(False), torch.no_grad():
                 ready = self.ready_gated = self._make_gated(dtype, device)
@@ -148,22 +149,19 @@ class PackedAdapters:
         same = len(before) == len(kept) > 0 and all(map(_is, before, kept))
         if plan is not None and same:
             return self._with_strengths(plan)
-        if not kept:
-            made, parts = None, []
-        else:
-            made = make_gated_plan([one.prepared for one in kept], self._strengths, self._block)
-            parts = list(split_gated_plan(made, [one.prepared.rank for one in kept]))
+        prepared = [one.prepared for one in kept]
+        made = make_gated_plan(prepared, self._strengths, self._block) if prepared else None
         if self.capacity is not None:
             if plan is None or (plan.down.dtype, plan.down.device) != (dtype, device):
                 plan = empty_gated_plan(self.capacity, *self._shape, dtype, device)
             fill_gated_plan(plan, made)
             made = plan
-            parts = list(split_gated_plan(plan, [one.prepared.rank for one in kept]))
         assert made is not None, "a layer without adapters needs no plan"
-        # Parts of the plan, so that nothing is held twice.
-        self._kept = tuple(
-            _Kept(one.factors, one.stamp, part) for one, part in zip(kept, parts, strict=True)
-        )
+        if not all(derives(a, b, device) for a, b in self._factors):
+            # Parts of the plan, so that nothing is held twice.
+            parts = split_gated_plan(made, [one.rank for one in prepared])
+            kept = tuple(replace(one, prepared=p) for one, p in zip(kept, parts, strict=True))
+        self._kept = kept
         return made
 
     @property
@@ -186,14 +184,11 @@ class PackedAdapters:
         before: Sequence[_Kept],
     ) -> _Kept:
         a, b = factors
-        stamp = (dtype, device, tensor_version(a), tensor_version(b))
+        stamp = (dtype, device, *tensor_versions((a, b)))
         for kept in before:
             if kept.factors[0] is a and kept.factors[1] is b and kept.stamp == stamp:
                 return kept
         return _Kept(factors, stamp, derived_factors(a, b, dtype, device))
-
-    def _stamps(self) -> tuple[object, ...]:
-        return tuple(tensor_version(tensor) for pair in self._factors for tensor in pair)
 
 
 def _is(a: object, b: object) -> bool:

@@ -74,7 +74,7 @@ class UpProjections:
         centred: The centred up-projections, ``[R, out]``.
         mean: Their means over the channels, ``[R]``.
         covariance: ``covariance[j, k]`` belongs to rows ``j`` and ``start + k`` of an adapter that
-            begins at ``start``; ``[R, W]``.
+            begins at ``start``; ``[R, W]``. Nothing reads beyond the adapter's own columns.
         offsets: ``[N + 1]``, int32. Adapters without rows (unused places) come last.
         strengths: ``[N]``, at least float32.
         block: All offsets are multiples of it.
@@ -250,7 +250,6 @@ def fill_gated_plan(plan: GatedPlan, filled: GatedPlan | None) -> None:
         plan.ups.centred[:rows] = filled.ups.centred
         plan.ups.mean[:rows] = filled.ups.mean
         plan.ups.covariance[:rows, :width] = filled.ups.covariance
-        plan.ups.covariance[:rows, width:] = 0
         plan.ups.offsets[: count + 1] = filled.ups.offsets
         plan.ups.strengths[:count] = filled.ups.strengths
     for buffer in (plan.down, plan.ups.centred, plan.ups.mean, plan.ups.covariance):

@@ -21,6 +21,7 @@ from autolora.fusion.attach import (
     attached_names,
     fuse_layer,
     plan_layers,
+    remerge,
 )
 from autolora.fusion.bank import GateBank
 from autolora.fusion.linear import FusedLinear
@@ -111,8 +112,9 @@ def add(
     if merge is not None or chosen.merges:
         if merge is None and attached_names(module):
             raise FusionError("the other adapters are not merged; detach them first, or use theirs")
-        pairs = [] if merge is None else list(merge.pairs)
-        return attach(module, [*pairs, (adapter, strength)], "merged").adapters[-1]
+        if merge is None:
+            return attach(module, [(adapter, strength)], "merged").adapters[0]
+        return remerge(module, merge, [*merge.pairs, (adapter, strength)]).adapters[-1]
     plan = plan_layers(module, [(adapter, strength)], chosen, gates)
     present = attached_layers(module)
     updates: list[tuple[str, FusedLinear, list[Entry]]] = []
@@ -145,7 +147,7 @@ def remove(module: nn.Module, name: str) -> int:
     merge = merge_of(module)
     if merge is not None:
         rest = [pair for pair in merge.pairs if pair[0].name != name]
-        return len(attach(module, rest, "merged").layers)
+        return len(remerge(module, merge, rest).layers)
     count = 0
     for layer, fused in attached_layers(module).items():
         if name not in fused.names:

@@ -16,10 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autolora.fusion import Gate
-from autolora.fusion.kernels import gated
-from autolora.fusion.plans import make_gated_plan, prepare_factors
+from autolora.fusion.kernels import gated, plain
+from autolora.fusion.plans import (
+    Capacity,
+    empty_gated_plan,
+    fill_gated_plan,
+    make_gated_plan,
+    prepare_factors,
+)
 from tests.fusion.reference import double, double_factors, gated_sum, random_factors
 from tests.fusion.reference import random_gate_tensors as random_tensors
+
+CPU = torch.device("cpu")
 
 # tokens, in, out, ranks, strengths
 SMALL = [
@@ -142,10 +150,52 @@ def gradient_errors(case: Any, dtype: torch.dtype, device: str = "cpu") -> dict[
     }
 
 
+def unused_places() -> float:
+    """Largest difference between buffers with unused rows and places, and a plan that is full.
+
+    Everything is compared that the launches return, for a ``h`` whose rows lie apart.
+    """
+    from autolora.fusion.kernels import triton_launch
+
+    layer = Layer(SMALL[1], torch.float32)
+    prepared = [prepare_factors(a, b, torch.float32, layer.device) for a, b in layer.factors]
+    full = make_gated_plan(prepared, layer.strengths, 16)
+    roomy = empty_gated_plan(Capacity(4, 32), 12, 70, torch.float32, layer.device)
+    fill_gated_plan(roomy, full)
+    terms = Gate.from_diffsynth(layer.tensors).requires_grad_(False).terms(torch.float32, CPU)
+    results = []
+    for plan in (full, roomy):
+        rows, hidden = plan.down.shape[0], F.linear(layer.x, plan.down)
+        apart = torch.full((hidden.shape[0], rows + 5), 1e9)[:, :rows].copy_(hidden)
+        fused, means = triton_launch.forward(layer.y, apart, plan.ups, terms, record=True)
+        gradients = triton_launch.backward(layer.grad, layer.y, apart, plan.ups, terms, True)
+        used = full.down.shape[0]
+        results.append([fused, means[:2], gradients.y, gradients.h[:, :used], gradients.terms])
+        results[-1] += [gradients.centred[:used], gradients.mean[:used]]
+        results[-1] += [gradients.covariance[:used, :32], means[2:].abs().sum()]
+        results[-1] += [gradients.h[:, used:].abs().sum(), gradients.centred[used:].abs().sum()]
+    # Of a tensor, whose largest is NaN where one is.
+    return float(torch.stack([(a - b).abs().max() for a, b in zip(*results, strict=True)]).max())
+
+
+def equal_channels() -> float:
+    """Largest error in half precision where an adapter's output is the same in all channels."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 8, generator=generator), torch.ones(40, 2)
+    plan = make_gated_plan([prepare_factors(a, b, torch.float16, CPU)], [1.0], 16)
+    gate = Gate.from_diffsynth(random_tensors(40, generator)).requires_grad_(False)
+    terms = gate.terms(torch.float32, CPU)
+    h = 100 * torch.randn(5, 8, generator=generator) @ plan.down.float().T
+    y = torch.randn(5, 40, generator=generator).half()
+    fused, _ = gated._forward(y, h.half(), plan.ups, terms, False, False)
+    return float((fused - plain.forward(y, h.half(), plan.ups, terms)[0]).abs().max())
+
+
 def interpreted() -> dict[str, Any]:
     """Every small case through the interpreted Triton kernels."""
     from autolora.fusion.kernels import triton_launch
 
+    torch.use_deterministic_algorithms(True)  # which also fills new memory with NaN
     gated._forward = triton_launch.forward  # type: ignore[assignment]
     gated._backward = triton_launch.backward
     results: dict[str, Any] = {}
@@ -153,6 +203,8 @@ def interpreted() -> dict[str, Any]:
         results[f"forward {name} {number}"] = forward_errors(SMALL[number], DTYPES[name])
     for name, number in BACKWARD:
         results[f"backward {name} {number}"] = gradient_errors(SMALL[number], DTYPES[name])
+    results["unused places"] = unused_places()
+    results["equal channels"] = equal_channels()
     return results
 
 

@@ -139,7 +139,7 @@ def test_a_compiled_gate_trains():
 
 
 def test_the_operators_pass_torchs_own_checks():
-    from tests.fusion.test_kernel import layer
+    from tests.fusion.test_native import layer
 
     y, h, ups, terms = layer([3, 5], 6, 11)
     vectors = [t.requires_grad_() for t in (terms.base_weight, terms.base_bias, terms.out)]

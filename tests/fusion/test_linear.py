@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -230,6 +231,18 @@ def test_autocast_forward_and_backward(gated):
         assert gate.weight_base.grad.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_autocast_has_no_say_in_what_is_kept():
+    base, factors, gate, x = make((4, 4), 32, 48)
+    base, x = base.bfloat16(), x.bfloat16()
+    usual = FusedLinear(base, factors, gate)(x)
+    again = [(a.clone(), b.clone()) for a, b in factors]  # of which nothing is kept yet
+    fused = FusedLinear(base, again, copy.deepcopy(gate))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused(x), usual)
+    assert torch.equal(fused(x), usual)
+
+
 def test_caches_filled_under_inference_mode_serve_training():
     base, factors, gate, x = make()
     fused = FusedLinear(base, factors, gate)
@@ -247,6 +260,18 @@ def test_gate_and_factors_stay_with_their_owners():
     fused.to(torch.bfloat16).requires_grad_(False)
     assert gate.bias.dtype == torch.float32 and gate.bias.requires_grad
     assert factors[0][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@torch.no_grad()
+def test_a_copy_goes_its_own_way(gated):
+    base, factors, gate, x = make()
+    fused = FusedLinear(base, factors, gate if gated else None)
+    before = fused(x)
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(copied(x), before)
+        copied.factors[0][1].zero_()
+        assert not torch.equal(copied(x), before) and torch.equal(fused(x), before)
 
 
 def test_it_looks_like_its_base():
@@ -301,6 +326,10 @@ A, B = torch.ones(2, 8), torch.ones(12, 2)
         ({"factors": [(torch.ones(0, 8), torch.ones(12, 0))]}, "do not make"),
         ({"factors": [(A, B)], "strengths": [1, 2]}, "1 adapters need as many strengths"),
         ({"factors": [(A, B)], "strengths": [float("nan")]}, "strength nan of adapter 0"),
+        ({"factors": [(A, B)], "strengths": [10**400]}, "strength inf of adapter 0 is not"),
+        ({"factors": [(A, B)], "strengths": [-1e39]}, r"strength -1e\+39 of adapter 0 is not"),
+        ({"factors": [(A, B)], "strengths": ["1"]}, "strength '1' of adapter 0 is not"),
+        ({"factors": [(A, B)], "strengths": [None]}, "strength None of adapter 0 is not"),
         ({"factors": [(A, B)] * 2, "names": ["a", "a"]}, "different names"),
         ({"factors": [(A, B)], "names": []}, "different names"),
         ({"gate": Gate(13)}, "13 channels can't serve 12"),

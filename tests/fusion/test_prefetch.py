@@ -1,4 +1,4 @@
-"""Copies beside other work, and captured graphs."""
+"""Adapters made ready beside other work, and captured graphs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,9 @@ import torch
 from autolora.errors import FusionError
 from autolora.fusion.graphs import capture
 from autolora.fusion.linear import FusedLinear
-from autolora.fusion.prefetch import Prefetch, pinned, ready_beside
+from autolora.fusion.prefetch import ready_beside
 
 CPU = torch.device("cpu")
-
-
-def test_on_a_cpu_nothing_is_copied():
-    tensors = [torch.randn(3, 4), torch.randn(5)]
-    assert all(a is b for a, b in zip(Prefetch(tensors, CPU).wait(), tensors, strict=True))
-    half = Prefetch(tensors, CPU, torch.bfloat16).wait()
-    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(half, tensors, strict=True))
-    if not torch.cuda.is_available():
-        assert pinned(tensors[0]) is tensors[0]
 
 
 def test_a_graph_needs_a_gpu():
@@ -27,17 +18,6 @@ def test_a_graph_needs_a_gpu():
         capture(torch.sin, torch.ones(2))
     with pytest.raises(FusionError, match="CUDA device"):
         capture(torch.sin)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_pinned_copies_arrive_on_the_gpu():
-    tensors = [pinned(torch.randn(1000, 1000)) for _ in range(5)]
-    assert all(tensor.is_pinned() for tensor in tensors)
-    copies = Prefetch(tensors, torch.device("cuda"), torch.bfloat16).wait()
-    for copy, tensor in zip(copies, tensors, strict=True):
-        assert copy.is_cuda and torch.equal(copy.cpu(), tensor.bfloat16())
-    assert Prefetch(copies, torch.device("cuda")).wait()[0] is copies[0]
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ from autolora.fusion import (
     set_strengths,
     switch,
 )
+from autolora.fusion.merge import merge_, merge_of
 from autolora.fusion.switching import make_ready
 from tests.fusion.reference import (
     FakeAdapter,
@@ -240,6 +241,31 @@ def test_merged_and_attached_take_each_others_place(model):
     assert torch.equal(output(model), summed)
     switch(model, [], "sum")
     assert torch.equal(output(model), bare) and not attached_names(model)
+
+
+def test_a_merge_that_cannot_be_changed_stays(model):
+    adapters, shapes = make_adapters(model), model_shapes(model)
+    switch(model, [(adapters["a"], 0.5)], "merged")
+    before = output(model)
+    wrong = random_adapter("wrong", {LAYER: (shapes[LAYER][0] + 1, shapes[LAYER][1])}, 2, seed=0)
+    with pytest.raises(FusionError, match="does not fit this model"):
+        add(model, wrong, 1.0, "merged")
+    assert attached_names(model) == ("a",) and torch.equal(output(model), before)
+
+
+def test_a_merge_keeps_its_kind_of_backup(model):
+    adapters = make_adapters(model)
+    originals = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge_(model, [(adapters["a"], 1.0)], "reread", originals.__getitem__)
+    set_strengths(model, {"a": 0.5})
+    add(model, adapters["b"], 1.0, "merged")
+    remove(model, "a")
+    merge = merge_of(model)
+    assert merge.backup == "reread" and all(kept is None for _, _, kept in merge.saved.values())
+    remove(model, "b")
+    assert merge_of(model) is None
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, originals[name])
 
 
 def test_nothing_grows(model):

@@ -1,4 +1,4 @@
-"""Gated fusion on a CPU through a small C kernel, compiled once on the machine that runs it.
+"""Fusion on a CPU through a small C kernel, compiled once on the machine that runs it.
 
 PyTorch's elementwise operations take several passes over temporaries, and its sigmoid alone costs
 about as much as the layer; one pass with everything in registers takes a fraction. The kernel
@@ -18,19 +18,26 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autolora.fusion.gate import GateTerms
 from autolora.fusion.kernels import plain
-from autolora.fusion.plans import UpProjections
+from autolora.fusion.plans import (
+    GatedPlan,
+    SumPlan,
+    UpProjections,
+    make_gated_plan,
+    prepare_factors,
+)
 
 MAX_ROWS = 256
 """Most packed ranks of a layer that the kernel takes."""
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _SOURCE = Path(__file__).with_name("gated.c")
 _OPTIMIZE = ("-O3", "-fno-math-errno", "-shared", "-fPIC")
 # The first set that compiles is taken; clang on some systems has no OpenMP, gcc on some no native.
@@ -42,25 +49,23 @@ _FLAGS = (
     (),
 )
 _TIMEOUT = 60  # seconds for one compilation
-_CHUNK = 128  # CHUNK of gated.c
-_GROUP = 64  # GROUP of gated.c
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
 _tried = False
 
-_VECTORS = ("base_weight", "base_bias", "coef_weight", "coef_bias", "out_weight")
-_PACKED = ("y", "h", "centred", "mean", "covariance", "strengths", "offsets")
-_POINTERS = (*_PACKED, *_VECTORS, "fused", "scratch", "gate_sums")
-_SIZES = ("tokens", "channels", "adapters", "ranks", "covariance_width")
-_INTEGERS = (*_SIZES, "y_stride", "fused_stride", "h_stride", "half", "threads")
+_GATE = ("base_weight", "base_bias", "coef_weight", "coef_bias", "out_weight")
+_POINTERS = ("down", "up", "mean", "covariance", "strengths", "offsets", *_GATE)
+_SIZES = ("inputs", "channels", "adapters", "ranks", "covariance_width")
 
 
-class _Arguments(ctypes.Structure):
+class _Constants(ctypes.Structure):
+    """``layer`` of gated.c."""
+
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_int64) for name in _SIZES),
         ("eps_base", ctypes.c_float),
         ("eps_lora", ctypes.c_float),
     ]
@@ -80,12 +85,10 @@ def available() -> bool:
 def supports(y: Tensor, h: Tensor, ups: UpProjections, terms: GateTerms) -> bool:
     """Whether the kernel can compute this; `plain` serves everything else."""
     return (
-        y.device.type == "cpu"
-        and y.dtype in (torch.float32, torch.bfloat16)
-        and h.dtype == ups.centred.dtype == terms.out.dtype == torch.float32
-        and 0 < ups.centred.shape[0] <= MAX_ROWS
+        serves(y.dtype, y.device)
+        and h.dtype == terms.out.dtype == torch.float32
         and y.numel() > 0
-        and available()
+        and _fits(ups.centred)
     )
 
 
@@ -108,43 +111,128 @@ def forward(
         inplace: Whether ``y`` may be overwritten with the result.
     """
     assert _library is not None, "available() loads it"
-    return _call(_library, y, h, ups, terms, record, inplace)
+    return PreparedLayer(_library, None, ups, terms)(y, h, record, inplace)
 
 
-def _call(
-    library: ctypes.CDLL,
-    y: Tensor,
-    h: Tensor,
-    ups: UpProjections,
-    terms: GateTerms,
-    record: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor | None]:
-    y = y if y.stride(1) == 1 else y.contiguous()
-    h = h if h.stride(1) == 1 else h.contiguous()
-    tokens, channels = y.shape
-    count, rows = ups.count, ups.centred.shape[0]
-    fused = y if inplace else torch.empty_like(y, memory_format=torch.contiguous_format)
-    items = -(-tokens // _GROUP) * -(-channels // _CHUNK)
-    scratch = torch.empty(tokens * (2 + rows + 2 * count) + (items * count if record else 0))
-    sums = torch.zeros(count, dtype=torch.float64) if record else None
-    # Kept alive until the call returns.
-    tensors = (
-        y, h, ups.centred.contiguous(), ups.mean.contiguous(), ups.covariance.contiguous(),
-        ups.strengths, ups.offsets, terms.base_weight, terms.base_bias, terms.coef_weight,
-        terms.coef_bias, terms.out, fused, scratch,
-    )  # fmt: skip
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    library.autolora_fuse_gated(
-        _Arguments(
-            *pointers, 0 if sums is None else sums.data_ptr(),
-            tokens, channels, count, rows, ups.covariance.shape[1],
-            y.stride(0), fused.stride(0), h.stride(0), y.dtype == torch.bfloat16,
-            torch.get_num_threads(), terms.eps_base, terms.eps_lora,
+def serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel is for base outputs of this type, there."""
+    return device.type == "cpu" and dtype in _DTYPES and available()
+
+
+def takes(y: Tensor, x: Tensor) -> bool:
+    """Whether a `PreparedLayer` can be called with these: ``y [..., out]`` and ``x [..., in]``."""
+    return (
+        type(y) is Tensor  # subclasses may keep their numbers elsewhere
+        and type(x) is Tensor
+        and y.is_cpu
+        and x.is_cpu
+        and y.dtype in _DTYPES
+        and x.dtype is y.dtype
+        and y.numel() > 0
+        and available()
+    )
+
+
+def prepare_gated(plan: GatedPlan, terms: GateTerms) -> PreparedLayer | None:
+    """Lay out one layer with a gate; None where the kernel does not serve it."""
+    if not _fits(plan.ups.centred) or terms.out.dtype != torch.float32 or not available():
+        return None
+    assert _library is not None, "available() loads it"
+    return PreparedLayer(_library, plan.down, plan.ups, terms)
+
+
+def prepare_sum(plan: SumPlan) -> PreparedLayer | None:
+    """Lay out one layer whose adapters are summed; None where the kernel does not serve it."""
+    if not _fits(plan.up) or not available():
+        return None
+    assert _library is not None, "available() loads it"
+    return PreparedLayer(_library, plan.down, plan.up, None)
+
+
+class PreparedLayer:
+    """One layer laid out for the kernel, which then takes only the input and the base output.
+
+    In a small layer the dozen addresses and the separate product for ``h`` that this spares cost
+    more than the arithmetic. Holds the tensors that it knows the addresses of; they may be written
+    in place but not move.
+
+    Args:
+        library: The kernel.
+        down: The down-projections, ``[R, in]``; None where calls bring ``h`` for the input.
+        ups: The adapters, or for the plain sum their up-projections alone, ``[R, out]``.
+        terms: The gate, None for the plain sum.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        down: Tensor | None,
+        ups: UpProjections | Tensor,
+        terms: GateTerms | None,
+    ) -> None:
+        up = ups if isinstance(ups, Tensor) else ups.centred
+        fields: dict[str, Any] = {"down": down, "up": up}
+        self._count = 0
+        if isinstance(ups, UpProjections):
+            self._count = ups.count
+            fields |= {"mean": ups.mean, "covariance": ups.covariance}
+            fields |= {"strengths": ups.strengths, "offsets": ups.offsets}
+        if terms is not None:
+            gate = (terms.base_weight, terms.base_bias, terms.coef_weight, terms.coef_bias)
+            fields |= zip(_GATE, (*gate, terms.out), strict=True)
+        self._tensors = {n: t.contiguous() for n, t in fields.items() if t is not None}
+        self._inputs = up.shape[0] if down is None else down.shape[1]
+        self._channels = up.shape[1]
+        self._constants = _Constants(
+            **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
+            inputs=self._inputs,
+            channels=self._channels,
+            adapters=self._count,
+            ranks=up.shape[0],
+            covariance_width=ups.covariance.shape[1] if isinstance(ups, UpProjections) else 0,
+            eps_base=0.0 if terms is None else terms.eps_base,
+            eps_lora=0.0 if terms is None else terms.eps_lora,
         )
-    )  # fmt: skip
-    means = None if sums is None else (sums / (tokens * channels)).float()
-    return fused, means
+        self._address = ctypes.addressof(self._constants)
+        self._function = library.autolora_fuse
+
+    def __call__(
+        self, y: Tensor, x: Tensor, record: bool = False, inplace: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add all adapters to the base output.
+
+        Args:
+            y: Base output, ``[..., out]``, float32 or bfloat16.
+            x: The input, ``[..., in]``, in the dtype of ``y``; or ``h [..., R]`` in float32.
+            record: Whether to return the mean gates; a plain sum has none.
+            inplace: Whether ``y`` may be overwritten with the result.
+
+        Returns:
+            ``[..., out]`` in the dtype of ``y``, and the mean of ``w_out * g_i`` over tokens and
+            channels, ``[N]``, or None.
+
+        Raises:
+            ValueError: The sizes do not go together.
+            MemoryError: There is no room for the statistics of so many tokens.
+        """
+        y, x = y.contiguous(), x.contiguous()
+        fused = y if inplace else torch.empty_like(y)
+        tokens, ragged = divmod(y.numel(), self._channels)
+        if ragged or x.numel() != tokens * self._inputs:  # or the kernel would read what is beyond
+            raise ValueError(f"an input {list(x.shape)} does not go with an output {list(y.shape)}")
+        sums = torch.empty(self._count, dtype=torch.float64) if record and self._count else None
+        failed = self._function(
+            self._address, y.data_ptr(), x.data_ptr(), fused.data_ptr(),
+            None if sums is None else sums.data_ptr(),
+            tokens, y.dtype is torch.bfloat16, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the statistics of {tokens} tokens")
+        return fused, None if sums is None else (sums / (tokens * self._channels)).float()
+
+
+def _fits(up: Tensor) -> bool:
+    return up.is_cpu and up.dtype == torch.float32 and 0 < up.shape[0] <= MAX_ROWS
 
 
 def _load() -> ctypes.CDLL | None:
@@ -155,8 +243,10 @@ def _load() -> ctypes.CDLL | None:
         if path is None:
             return None
         library = ctypes.CDLL(str(path))
-        library.autolora_fuse_gated.argtypes = [ctypes.POINTER(_Arguments)]
-        library.autolora_fuse_gated.restype = None
+        library.autolora_fuse.argtypes = [
+            *[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int, ctypes.c_int,
+        ]  # fmt: skip
+        library.autolora_fuse.restype = ctypes.c_int
         agrees = _agrees(library)
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         _log.info("no native kernel: %s", error)
@@ -212,25 +302,20 @@ def _processor() -> str:
 def _agrees(library: ctypes.CDLL) -> bool:
     """Whether the library gives what `plain` gives on a small layer with ragged sizes."""
     generator = torch.Generator().manual_seed(0)
+    cpu, wide = torch.device("cpu"), torch.float32
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    tokens, channels, offsets = 7, 83, (0, 3, 8)
-    up = random(8, channels)
-    mean = up.mean(-1)
-    centred = up - mean[:, None]
-    covariance = torch.zeros(8, 5)
-    for start, end in pairwise(offsets):
-        part = centred[start:end]
-        covariance[start:end, : end - start] = part @ part.T / channels
-    starts = torch.tensor(offsets, dtype=torch.int32)
-    ups = UpProjections(centred, mean, covariance, starts, torch.tensor([1.0, -0.5]), 1)
+    tokens, inputs, channels = 7, 21, 83
+    factors = [prepare_factors(random(r, inputs), random(channels, r), wide, cpu) for r in (3, 5)]
+    plan = make_gated_plan(factors, [0.2, -0.1])
     a, b, c, d, e = random(5, channels)
-    terms = GateTerms(a, b, c, d, e, 1e-5, 1e-5)
-    y, h = random(tokens, channels), random(tokens, 8)
-    fused, means = _call(library, y, h, ups, terms, True, False)
-    truth, true_means = plain.forward(y, h, ups, terms, True)
+    terms = GateTerms(a, b, c, d, e, eps_base=1e-5, eps_lora=1e-5)
+    y, x = random(tokens, channels), random(tokens, inputs)
+    fused, means = PreparedLayer(library, plan.down, plan.ups, terms)(y, x, record=True)
+    truth, true_means = plain.forward(y, x @ plan.down.T, plan.ups, terms, record=True)
     assert means is not None and true_means is not None
-    close = torch.allclose(fused, truth, rtol=1e-4, atol=1e-4)
-    return close and torch.allclose(means, true_means, rtol=1e-4, atol=1e-4)
+    summed, _ = PreparedLayer(library, plan.down, plan.ups.centred, None)(y, x)
+    pairs = (fused, truth), (means, true_means), (summed, y + x @ plan.down.T @ plan.ups.centred)
+    return all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in pairs)

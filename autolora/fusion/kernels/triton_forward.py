@@ -153,10 +153,13 @@ def statistics_kernel(
         factor = strength / deviation
         for k in range(start, end, BK):
             ranks = k + tl.arange(0, BK)
-            hidden = load_tile(h, tokens, ranks, h_stride, token_mask, ranks < end)
-            store_tile(
-                scaled, hidden * factor[:, None], tokens, ranks, h_stride, token_mask, ranks < end
-            )
+            normal = load_tile(h, tokens, ranks, h_stride, token_mask, ranks < end)
+            normal *= factor[:, None]
+            if scaled.dtype.element_ty == tl.float16:
+                # An output that is equal in all channels has a tiny deviation: infinity in half
+                # precision, and NaN times the zeros of its centred up-projection.
+                normal = tl.clamp(normal, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+            store_tile(scaled, normal, tokens, ranks, h_stride, token_mask, ranks < end)
 
 
 @triton.jit
@@ -236,7 +239,7 @@ def fuse_kernel(
             if RECORD:
                 mask = token_mask[:, None] & column_mask[None, :]
                 said = tl.sum(tl.sum(tl.where(mask, gate * weight[None, :], 0.0), 1), 0)
-                program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+                program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
                 tl.store(gate_sums + program * count + i, said)
     # Read again from the cache: kept in registers through the loop it would halve the occupancy.
     tile = load_tile(y, tokens, columns, y_stride, token_mask, column_mask)

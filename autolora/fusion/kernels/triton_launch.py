@@ -87,14 +87,15 @@ def forward(
         inplace: Whether ``y`` may be overwritten with the result.
         tile: Sizes of the second kernel's programs; chosen by the number of tokens where None.
     """
-    y, h = _rows(y), _rows(h)
+    y, h = _rows(y), h.contiguous()
     tokens, channels = y.shape
     statistics = _statistics(y, h, ups, terms, False)
     fused = y if inplace else torch.empty_like(y)
     tile = tile or (FUSE_TILE if tokens > FUSE_TILE_FEW_TOKENS.tokens else FUSE_TILE_FEW_TOKENS)
     grid = (_cdiv(channels, tile.channels), _cdiv(tokens, tile.tokens))
     shape = (grid[0] * grid[1], ups.count) if record else (1, 1)
-    sums = torch.zeros(shape, dtype=torch.float32, device=y.device)
+    # Zeros where there is something to sum: places without an adapter are not written.
+    sums = (torch.zeros if record else torch.empty)(shape, dtype=torch.float32, device=y.device)
     with _on(y):
         fw.fuse_kernel[grid](
             y, fused, statistics.scaled, ups.centred, ups.offsets,
@@ -112,10 +113,9 @@ def backward(
     grad: Tensor, y: Tensor, h: Tensor, ups: UpProjections, terms: GateTerms, factors: bool
 ) -> Gradients:
     """Return the gradients of `forward`'s first result; see `plain.backward`."""
-    grad, y, h = _rows(grad), _rows(y), _rows(h)
+    grad, y, h = _rows(grad), _rows(y), h.contiguous()
     statistics = _statistics(y, h, ups, terms, True)
     grad_h, sums, squares = _hidden_gradient(grad, y, ups, terms, statistics)
-    grad_y, grad_terms = _base_gradient(grad, y, ups, terms, statistics)
     grad_y, grad_terms = _base_gradient(grad, y, ups, terms, statistics)
     if not factors:
         return Gradients(grad_y, grad_h, grad_terms, None, None, None)
@@ -130,10 +130,10 @@ def _statistics(
     tokens, channels = y.shape
     y_mean, y_scale = (torch.empty(tokens, dtype=torch.float32, device=y.device) for _ in range(2))
     deviations, output_means = (
-        torch.ones(tokens, ups.count, dtype=torch.float32, device=y.device) for _ in range(2)
+        torch.empty(tokens, ups.count, dtype=torch.float32, device=y.device) for _ in range(2)
     )
-    scaled = torch.empty_strided(h.shape, h.stride(), dtype=h.dtype, device=h.device)
-    weighted = torch.zeros_like(scaled, dtype=torch.float32) if keep else scaled
+    scaled = torch.empty_like(h)
+    weighted = torch.empty_like(scaled, dtype=torch.float32) if keep else scaled
     result = _Statistics(y_mean, y_scale, scaled, weighted, deviations, output_means)
     tile = STATISTICS_TILE
     with _on(y):
@@ -155,7 +155,7 @@ def _hidden_gradient(
     tokens, channels = y.shape
     grad_h = torch.zeros_like(s.scaled)
     shape = (tokens, ups.count)
-    sums, squares = (torch.zeros(shape, dtype=torch.float32, device=y.device) for _ in range(2))
+    sums, squares = (torch.empty(shape, dtype=torch.float32, device=y.device) for _ in range(2))
     tile = ADAPTER_TILE
     with _on(y):
         bw.adapter_kernel[(_cdiv(tokens, tile.tokens), ups.count)](
