@@ -125,6 +125,8 @@ def compute(lora: Any, thorough: bool = False) -> None:
     """
     import torch
 
+    from autolora.adapters.fingerprint import Fingerprint
+
     def base(layer: str) -> Any:
         out, inner = lora.shape(layer)
         return torch.linspace(0.7, 1.3, out * inner).reshape(out, inner)
@@ -145,6 +147,7 @@ def compute(lora: Any, thorough: bool = False) -> None:
     for which in ("clip", "t5"):
         if (part := lora.text_encoder(which)) is not None:
             found += [(part.delta(layer), tuple(part.shape(layer))) for layer in part.layers]
+    found += [(kind, tuple(kind.shape)) for kind in Fingerprint.of(lora).numbers.values()]
     for tensor, expected in found:
         assert tuple(tensor.shape) == expected, f"{tuple(tensor.shape)} is not {expected}"
         assert torch.isfinite(tensor).all(), "not finite"

@@ -10,14 +10,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from autolora.adapters.covers import picture_suffix, read_embedded_covers
-from autolora.adapters.duplicates import find_twins
+from autolora.adapters.duplicates import MAX_OPENED, PoolTwins, Twin, same_bytes
+from autolora.adapters.lora import LoRA
 from autolora.adapters.metadata import Metadata, is_alone
 from autolora.adapters.paths import is_own_file, is_plain_name
+from autolora.adapters.pickles import convert_pickle, is_pickle
 from autolora.adapters.reader import file_sha256, open_file, read_header
 from autolora.adapters.scan import SUFFIX, PoolEntry, scan
 from autolora.adapters.sidecars import CAPTIONS_SUFFIX, CARD_SUFFIX, SIDECAR_SUFFIXES
@@ -25,6 +28,8 @@ from autolora.errors import LoRAFormatError, PoolError, shown
 
 CONFIG_SUFFIX = ".adapter_config.json"
 _CHUNK = 1 << 20
+_STAGING = ".adding-"
+_LEFTOVER_SECONDS = 24 * 3600.0
 _NOT_IN_NAMES = frozenset('/\\:<>"|?*')
 
 
@@ -53,6 +58,7 @@ def add_files(
     name: str | None = None,
     force: bool = False,
     allow_pickle: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Added]:
     """Add LoRA files to a pool, with their sidecars and pictures; all of them or none.
 
@@ -60,37 +66,43 @@ def add_files(
         folder: The pool's folder; made where it does not exist.
         files: The files.
         name: Name in the pool in place of the file's stem; for one file only.
-        force: Add a file whose bytes the pool has under another name.
+        force: Add a file that changes the same as one that the pool has under another name.
         allow_pickle: Read pickles, by ``torch.load(weights_only=True)``, and convert them.
+        progress: Called with the number of the pool's files looked at for duplicates and of all.
 
     Returns:
         What was added, in order.
 
     Raises:
         LoRAFormatError: A file cannot be used.
-        PoolError: A name is taken or cannot be one, the pool has these bytes, or writing failed.
+        PoolError: A name is taken or cannot be one, the pool has the same LoRA in this or another
+            format, or writing failed.
     """
     if name is not None and len(files) != 1:
         raise PoolError(f"A name is for one file, not for {len(files)}; add them one by one.")
     made = not folder.exists()
+    if not made and not folder.is_dir():
+        raise PoolError(f"LoRA pool {shown(folder)} is not a folder; name another.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        entries = scan(folder)[0]
+        twins = PoolTwins(scan(folder)[0], progress)
         with _staging(folder) as staging:
             staged: list[_Staged] = []
             for number, file in enumerate(files):
+                open_file(file).close()
                 inner = staging / str(number)
                 inner.mkdir()
                 stem = file.stem if name is None else name
-                _check_name(folder, file, stem, [*entries, *(s.entry for s in staged)])
-                one = _stage(inner, file, stem, allow_pickle)
-                one.find_twins([*entries, *(s.entry for s in staged)], force)
+                _check_name(folder, file, stem, twins.entries)
+                one, lora = _stage(inner, file, stem, allow_pickle)
+                one.compare(lora, twins, force)
+                twins.entries.append(one.entry)
                 staged.append(one)
             return _place_all(folder, staged)
     except OSError as error:
         raise PoolError(
-            f"{shown(error.filename or folder)} cannot be copied into LoRA pool {shown(folder)}: "
-            f"{shown(error.strerror)}."
+            f"Nothing was added to LoRA pool {shown(folder)}: {shown(error.filename or folder)} "
+            f"cannot be read or written ({shown(error.strerror)})."
         ) from error
     finally:
         if made:
@@ -116,16 +128,32 @@ class _Staged:
         beside = sorted(file for file in self.weights.parent.iterdir() if file != self.weights)
         return [*beside, self.weights]
 
-    def find_twins(self, entries: Iterable[PoolEntry], force: bool) -> None:
-        """Refuse bytes that the pool has; note weights that it has in another file."""
-        for twin, whole in find_twins(self.entry, entries):
-            if whole and not force:
+    def compare(self, lora: LoRA, twins: PoolTwins, force: bool) -> None:
+        """Refuse what the pool has already; note what it nearly has.
+
+        Two entries that do the same would both be found for a prompt, and act twice.
+        """
+        for entry, twin in twins.find(self.weights, lora):
+            if twin.is_same and not force:
                 raise PoolError(
-                    f"{shown(self.source)} is in the pool already, as {shown(twin.name)!r}; "
-                    "add it with --force to keep both."
+                    f"{shown(self.source)} is in the pool already, as {shown(entry.name)!r}"
+                    f"{_how_it_is_there(self.weights, lora, entry, twin)}; leave it out, or add it "
+                    "with --force to keep both."
                 )
-            what = "bytes." if whole else "weights, with another header."
-            self.notes.append(f"{shown(twin.name)!r} in the pool has the same {what}")
+            self.notes.append(twin.sentence)
+        if twins.by_bytes:
+            self.notes.append(
+                f"The pool has more than {MAX_OPENED} files, so only copies were looked for; "
+                "`autolora pool check --deep` compares what the files change."
+            )
+
+
+def _how_it_is_there(weights: Path, lora: LoRA, entry: PoolEntry, twin: Twin) -> str:
+    if same_bytes(weights, entry.path):
+        return ""
+    if twin.format == lora.report.format:
+        return ", the same weights in another file"
+    return f", the same weights in {twin.format} format (this file has {lora.report.format})"
 
 
 def _check_name(folder: Path, file: Path, stem: str, entries: Iterable[PoolEntry]) -> None:
@@ -143,21 +171,28 @@ def _check_name(folder: Path, file: Path, stem: str, entries: Iterable[PoolEntry
         )
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a program left that was killed while it copied, when it surely is dead."""
+    for old in folder.glob(f"{_STAGING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > _LEFTOVER_SECONDS and not old.is_symlink():
+                shutil.rmtree(old)
+
+
 @contextlib.contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    staging = Path(tempfile.mkdtemp(prefix=".adding-", dir=folder))
+    _remove_leftovers(folder)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _stage(inner: Path, file: Path, stem: str, allow_pickle: bool) -> _Staged:
-    """Copy or convert a file, check that the result loads, and put beside it what belongs there."""
+def _stage(inner: Path, file: Path, stem: str, allow_pickle: bool) -> tuple[_Staged, LoRA]:
+    """Copy or convert a file, put beside it what belongs there, and load the result."""
     weights = inner / f"{stem}{SUFFIX}"
-    if allow_pickle and _is_pickle(file):
-        from autolora.adapters.pickles import convert_pickle
-
+    if allow_pickle and is_pickle(file):
         convert_pickle(file, weights)
         sha256 = file_sha256(weights)
     else:
@@ -167,22 +202,13 @@ def _stage(inner: Path, file: Path, stem: str, allow_pickle: bool) -> _Staged:
             raise PoolError(f"{shown(file)} was not copied rightly: the copy differs; try again.")
     _copy_sidecars(file, inner, stem)
     _copy_covers(file, weights)
-    _check_loads(file, weights)
-    return _Staged(file, weights, sha256)
+    return _Staged(file, weights, sha256), _load(file, weights)
 
 
-def _is_pickle(file: Path) -> bool:
-    # Imported on use: torch takes a second.
-    from autolora.adapters.pickles import is_pickle
-
-    return is_pickle(file)
-
-
-def _check_loads(file: Path, weights: Path) -> None:
-    from autolora.adapters.lora import LoRA
-
+def _load(file: Path, weights: Path) -> LoRA:
+    """Load the copy of a file; errors name the file itself."""
     try:
-        LoRA.load(weights)
+        return LoRA.load(weights)
     except LoRAFormatError as error:
         # The user knows the source, not the hidden folder.
         raise LoRAFormatError(str(error).replace(shown(weights), shown(file))) from error

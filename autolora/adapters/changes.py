@@ -56,6 +56,18 @@ class Change(Protocol):
         """Rows ``start`` to ``stop`` of the change in float64 ``[stop - start, n]``."""
         ...
 
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        """``uᵀ change v`` for ``k`` pairs of vectors, without the change itself.
+
+        Args:
+            left: The ``u``, float32 ``[m, k]``.
+            right: The ``v``, float32 ``[n, k]``.
+
+        Returns:
+            Float64 ``[k]``.
+        """
+        ...
+
     def square_norm(self) -> float:
         """Square of the Frobenius norm."""
         ...
@@ -95,6 +107,10 @@ class LowRank:
     def block(self, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` in float64."""
         return self.B[start:stop].to(torch.float64) * self.scale @ self.A.to(torch.float64)
+
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        """``scale * (uᵀ B) (A v)``."""
+        return _dots(left.T @ self.B.to(left), right.T @ self.A.to(right).T) * self.scale
 
     def square_norm(self) -> float:
         """``trace(BᵀB AAᵀ)``, without the product of the two."""
@@ -199,6 +215,13 @@ class Kronecker:
         b = w2.shape[0]
         return torch.einsum("ic,id->icd", w1[row // b], w2[row % b]).flatten(1)
 
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        """With ``u`` and ``v`` as matrices ``U``, ``V``: ``sum(U * (w1 V w2ᵀ))``."""
+        w1, w2 = self._sides()
+        u = left.to(torch.float64).unflatten(0, (w1.shape[0], w2.shape[0]))
+        v = right.to(torch.float64).unflatten(0, (w1.shape[1], w2.shape[1]))
+        return torch.einsum("abk,ac,cbk->k", u, w1, torch.einsum("bd,cdk->cbk", w2, v))
+
     def square_norm(self) -> float:
         """The product of the sides' norms."""
         w1, w2 = self._sides()
@@ -257,6 +280,15 @@ class Hadamard:
         """Rank of `factors`."""
         return (self.w1.rank or 0) * (self.w2.rank or 0)
 
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        """``sum_i (u * up_i)ᵀ w2 (v * down_i)`` over the rank of the first matrix."""
+        u, v = left.to(torch.float64), right.to(torch.float64)
+        up, down = self.w2.left(), self.w2.right()
+        total = torch.zeros(u.shape[1], dtype=torch.float64, device=u.device)
+        for a, b in zip(self.w1.left().T, self.w1.right(), strict=True):
+            total += _dots((u * a[:, None]).T @ up, (v * b[:, None]).T @ down.T)
+        return total * self.scale
+
     def square_norm(self) -> float:
         """By rows, or by the joined factors where these are few."""
         m, n = self.shape
@@ -294,9 +326,18 @@ class Full:
         """Rows ``start`` to ``stop`` in float64."""
         return self.diff[start:stop].to(torch.float64)
 
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        """``(uᵀ diff) v``."""
+        return _dots(left.T @ self.diff.to(left), right.T)
+
     def square_norm(self) -> float:
         """The sum of squares."""
         return sum_of_squares(self)
+
+
+def _dots(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row dot products in float64."""
+    return (left.to(torch.float64) * right.to(torch.float64)).sum(dim=1)
 
 
 def sum_of_squares(change: Change) -> float:

@@ -235,7 +235,7 @@ class LayerDelta:
 
 def _scaled(B: Tensor, scale: float) -> Tensor:
     """Return ``scale * B`` in float32, rounded once."""
-    if B.dtype != torch.float64 and math.frexp(abs(scale))[0] == 0.5:
+    if math.frexp(abs(scale))[0] == 0.5:
         # A power of two, as most alphas give, only moves the exponent.
         return B.to(torch.float32, copy=True) if scale == 1 else B.to(torch.float32) * scale
     return (B.to(torch.float64) * scale).to(torch.float32)
@@ -352,11 +352,27 @@ def is_finite(tensor: Tensor, limit: float = math.inf) -> bool:
     """
     if tensor.dtype == torch.bool:
         return True
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.to(torch.float32)
-    # Extremes carry NaN along, and need no array of flags the size of the tensor.
-    low, high = (extreme.item() for extreme in torch.aminmax(tensor.detach()))
+    if tensor.dtype in _FLOAT8:
+        low, high = 0.0, _largest_float8(tensor)
+    else:
+        # Extremes carry NaN along, and need no array of flags the size of the tensor.
+        low, high = (extreme.item() for extreme in torch.aminmax(tensor.detach()))
     return math.isfinite(low) and math.isfinite(high) and max(-low, high) <= limit
+
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _largest_float8(tensor: Tensor) -> float:
+    """Largest magnitude, NaN where there is a NaN.
+
+    Torch has no extremes of these types, and converts them at a hundredth of the speed at which
+    bytes are compared. Without the sign, their bits are ordered like their values, NaN last.
+    """
+    positive = int(tensor.view(torch.int8).amax())
+    negative = int(tensor.view(torch.uint8).amax()) - 128
+    bits = torch.tensor(max(positive, negative), dtype=torch.uint8)
+    return float(bits.view(tensor.dtype).item())
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

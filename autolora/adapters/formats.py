@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from autolora.adapters.namings import (
@@ -83,27 +83,21 @@ class Format:
         """Whether a PEFT configuration in the header, or beside the file, may hold its alpha."""
         return self.joint == "."
 
-    def locate(self, path: str) -> tuple[str, str, Target] | None:
-        """Find the layer that a key's module path names.
+    def locate(self, template: str) -> tuple[str, str, Target] | None:
+        """Find the kind of layer that a key's module path names.
 
         Args:
-            path: The key without its suffix.
+            template: The key without its suffix, with ``{i}`` for the block number.
 
         Returns:
-            Prefix, path without it, and target; None when this format does not know the path.
+            Prefix, template without it, and target of the table; None when this format does not
+            know the path.
         """
         for prefix in self.prefixes:
-            if path.startswith(prefix):
-                inner = path[len(prefix) :]
-                found = _BLOCK_INDEX.search(inner)
-                if found is None:
-                    template, index = inner, ""
-                else:
-                    index = found.group()
-                    template = f"{inner[: found.start()]}{{i}}{inner[found.end() :]}"
-                target = self._targets.get(template)
-                if target is not None and (found is not None) == ("{i}" in template):
-                    return prefix, inner, replace(target, layer=target.layer.replace("{i}", index))
+            if template.startswith(prefix):
+                inner = template[len(prefix) :]
+                if (target := self._targets.get(inner)) is not None:
+                    return prefix, inner, target
         return None
 
     def module_paths(self, layer: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -171,6 +165,8 @@ _BLOCK_INDEX = re.compile(
     r"(?:(?<=blocks[._])|(?<=layers[._])|(?<=block[._]))(?:0|[1-9]\d{0,5})(?=[._])", re.ASCII
 )
 
+_MAX_PATH = 256  # longest module path that is looked up, and remembered
+
 _ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
 _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
     (re.compile(rf"(?P<path>.+){suffix}", re.DOTALL), role)
@@ -237,11 +233,31 @@ def _split(key: str) -> tuple[str, str, str | None] | None:
 
 def _locate(path: str) -> list[tuple[Format, str, str, Target]]:
     """What a module path is in each format that knows it, in the order of the tables."""
+    if "{i}" in path or len(path) > _MAX_PATH:
+        return []
+    found = _BLOCK_INDEX.search(path)
+    if found is None:
+        return list(_locate_template(path))
+    start, end, index = found.start(), found.end(), found.group()
     return [
+        (entry, prefix, inner.replace("{i}", index), _in_block(target, index))
+        for entry, prefix, inner, target in _locate_template(f"{path[:start]}{{i}}{path[end:]}")
+    ]
+
+
+@lru_cache(maxsize=4096)
+def _locate_template(template: str) -> tuple[tuple[Format, str, str, Target], ...]:
+    """The same of a path with ``{i}``: a file has hundreds of paths, and few but for the number."""
+    return tuple(
         (entry, *found)
         for entry in (*FORMATS, *TEXT_ENCODERS)
-        if (found := entry.locate(path)) is not None
-    ]
+        if (found := entry.locate(template)) is not None
+    )
+
+
+@lru_cache(maxsize=4096)
+def _in_block(target: Target, index: str) -> Target:
+    return replace(target, layer=target.layer.replace("{i}", index))
 
 
 def format_named(name: str) -> Format | None:

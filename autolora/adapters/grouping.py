@@ -28,17 +28,14 @@ class Group:
     Attributes:
         target: The layer, and the output slices of it, that the module stands for.
         keys: The key of each tensor by role.
+        algorithm: ``lora``, ``lokr``, ``loha`` or ``diff``; empty when no tensor changes a weight.
         shape: Output rows and input channels of the module; set by `check_groups`.
     """
 
     target: Target
     keys: dict[str, KeyMatch] = field(default_factory=dict)
+    algorithm: str = ""
     shape: tuple[int, int] = (0, 0)
-
-    @property
-    def algorithm(self) -> str:
-        """``lora``, ``lokr``, ``loha`` or ``diff``; empty when no tensor changes a weight."""
-        return next((found for role in self.keys if (found := _algorithm(role))), "")
 
     @property
     def has_scale(self) -> bool:
@@ -56,6 +53,7 @@ class Group:
 
 
 def _algorithm(role: str) -> str:
+    """The algorithm that a tensor is a factor of; empty for what only goes with one."""
     if role in _LORA:
         return "lora"
     if role == "diff":
@@ -94,6 +92,7 @@ def group_keys(path: Path, matches: Iterable[KeyMatch]) -> tuple[list[Group], di
     kept: list[Group] = []
     stray: dict[str, str] = {}
     for group in groups.values():
+        group.algorithm = next(filter(None, map(_algorithm, group.keys)), "")
         if group.algorithm or "diff_b" in group.keys:
             kept.append(group)
         else:

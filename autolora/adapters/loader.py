@@ -14,15 +14,15 @@ from torch import Tensor
 
 from autolora.adapters import unused
 from autolora.adapters.building import Contents, build
-from autolora.adapters.deltas import is_finite
+from autolora.adapters.deltas import LayerDelta, is_finite
 from autolora.adapters.formats import KeyMatch, match_keys
 from autolora.adapters.grouping import Group, bad_key, check_groups, group_keys, layer_rows
 from autolora.adapters.namings import Part
-from autolora.adapters.peft_config import read_peft_config
+from autolora.adapters.peft_config import PeftConfig, read_peft_config
 from autolora.adapters.reader import LARGEST_VALUE, MAX_FEATURES, Header, read_header, read_tensors
 from autolora.adapters.report import LoadReport, make_report
 from autolora.errors import LoRAFormatError, shown
-from autolora.flux.layers import parse_layer
+from autolora.flux.layers import layer_sort_key, parse_layer
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,11 @@ class Loaded:
 
     Attributes:
         parts: What it changes, by model; always with an entry for the transformer.
-        report: What became of every key.
-        text_reports: The same of each text encoder's keys alone.
+        reports: What became of every key, as ``dit``; of each text encoder's keys alone.
     """
 
     parts: Mapping[Part, Contents]
-    report: LoadReport
-    text_reports: Mapping[Part, LoadReport]
+    reports: Mapping[Part, LoadReport]
 
 
 def load_file(path: Path, text_encoder_only: bool = False) -> Loaded:
@@ -73,15 +71,42 @@ def load_file(path: Path, text_encoder_only: bool = False) -> Loaded:
     configs = {part: read_peft_config(path, header.metadata, part) for part in present}
     parts = build(path, groups, tensors, configs)
     parts.setdefault("dit", Contents())
-    return Loaded(
-        parts,
-        make_report(_format(groups, "dit"), parts, dropped),
-        {
-            part: make_report(_format(groups, part), {part: contents}, {}, of=part)
-            for part, contents in parts.items()
-            if part != "dit"
-        },
-    )
+    reports: dict[Part, LoadReport] = {
+        part: make_report(_format(groups, part), {part: contents}, {}, of=part)
+        for part, contents in parts.items()
+        if part != "dit"
+    }
+    reports["dit"] = make_report(_format(groups, "dit"), parts, dropped)
+    return Loaded(parts, reports)
+
+
+def load_first_layer(path: Path) -> tuple[str, LayerDelta] | None:
+    """Read one layer of a LoRA file, the first in the order of `layer_sort_key`.
+
+    Args:
+        path: A safetensors file of any format; the rest of it is not looked at.
+
+    Returns:
+        The canonical name and the change; None where no weight of the transformer is changed.
+
+    Raises:
+        LoRAFormatError: The file is damaged, or this layer cannot be used.
+    """
+    header = read_header(path)
+    groups, _ = group_keys(path, match_keys(header.tensors).values())
+    layers = {g.target.layer for g in groups if g.algorithm and g.target.part == "dit"}
+    layers = {layer for layer in layers if parse_layer(layer) is not None}
+    if not layers:
+        return None
+    first = min(layers, key=layer_sort_key)
+    chosen = [g for g in groups if g.target.part == "dit" and g.target.layer == first]
+    check_groups(path, chosen, header.tensors)
+    _check_sizes(path, chosen)
+    keys = [match.key for group in chosen for match in group.keys.values()]
+    tensors = read_tensors(path, header, keys)
+    _check_finite(path, chosen, tensors)
+    configs: dict[Part, PeftConfig] = {"dit": read_peft_config(path, header.metadata)}
+    return first, build(path, chosen, tensors, configs)["dit"].layers[first]
 
 
 def _format(groups: Iterable[Group], part: Part) -> str:

@@ -91,20 +91,19 @@ class LoRA:
         """
         file = Path(path)
         loaded = load_file(file, text_encoder_only)
-        text_encoders: dict[Part, LoRA] = {
+        parts: dict[Part, LoRA] = {
             part: cls(
                 file.stem,
                 contents.layers,
-                loaded.text_reports[part],
-                path=file,
+                loaded.reports[part],
+                file,
                 biases=contents.biases,
+                norms=contents.norms,
             )
             for part, contents in loaded.parts.items()
-            if part != "dit"
         }
-        dit = loaded.parts["dit"]
-        lora = cls(file.stem, dit.layers, loaded.report, file, biases=dit.biases, norms=dit.norms)
-        lora._text_encoders = text_encoders
+        lora = parts.pop("dit")
+        lora._text_encoders = parts
         return lora
 
     @classmethod
@@ -190,6 +189,10 @@ class LoRA:
         if found.needs_base:
             check_base(self.name, layer, found, base)
         return found.dense(base)
+
+    def layer_delta(self, layer: str) -> LayerDelta:
+        """The change of a layer as the file holds it; raises `LoRAFormatError` as `delta` does."""
+        return self._layer(layer)
 
     def bias(self, layer: str) -> Tensor | None:
         """Change of a layer's bias at strength 1.

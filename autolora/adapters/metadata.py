@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from autolora.adapters.covers import card_covers, embedded_covers, find_covers
-from autolora.adapters.fields import Fields, plain_text
+from autolora.adapters.fields import Fields, plain_text, printable
 from autolora.adapters.paths import is_own_file
 from autolora.adapters.reader import read_header
 from autolora.adapters.sidecars import (
@@ -101,7 +101,7 @@ class Metadata:
             found.sources.setdefault("covers", "beside the file")
         found._read_captions(path.with_name(path.stem + CAPTIONS_SUFFIX))
         if not found.title:
-            found.title, found.sources["title"] = path.stem, "file name"
+            found.title, found.sources["title"] = printable(path.stem), "file name"
         return found
 
     def to_dict(self) -> dict[str, Any]:

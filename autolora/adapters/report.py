@@ -33,6 +33,8 @@ class LoadReport:
             single blocks, or for layers of another width, of as many blocks as the file numbers.
         ranks: Smallest and largest rank of the pieces; zeros when none has a rank.
         scales: Smallest and largest ``alpha / rank`` of the pieces.
+        dtypes: Element types of the tensors that weight changes are stored as, such as
+            ``bfloat16``.
         algorithms: How many layers each algorithm changes (LoRA, LoKr, LoHa, DoRA, full).
         biases: How many layers have their bias changed.
         norms: How many normalization weights are changed.
@@ -48,6 +50,7 @@ class LoadReport:
     total: int = 0
     ranks: tuple[int, int] = (0, 0)
     scales: tuple[float, float] = (1.0, 1.0)
+    dtypes: tuple[str, ...] = ()
     algorithms: Mapping[str, int] = field(default_factory=dict)
     biases: int = 0
     norms: int = 0
@@ -81,6 +84,7 @@ class LoadReport:
             "ranks": list(self.ranks),
             "scales": list(self.scales),
             "norm": self.norm,
+            "dtypes": list(self.dtypes),
             "algorithms": dict(self.algorithms),
             "biases": self.biases,
             "norms": self.norms,
@@ -144,10 +148,12 @@ def layer_facts(layers: "Mapping[str, LayerDelta]") -> dict[str, Any]:
     kinds = Counter(
         kind for delta in layers.values() for kind in {piece.algorithm for piece in delta.pieces}
     )
+    dtypes = {str(t.dtype).removeprefix("torch.") for piece in pieces for t in piece.tensors}
     return {
         "layers": len(layers),
         "ranks": (min(ranks, default=0), max(ranks, default=0)),
         "scales": (min(scales), max(scales)),
+        "dtypes": tuple(sorted(dtypes)),
         "algorithms": dict(sorted(kinds.items())),
         "norm_of": lambda: norm_of_layers(layers),
     }

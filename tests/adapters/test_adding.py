@@ -5,14 +5,15 @@ import hashlib
 import json
 import os
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autolora.adapters import LoRA, Metadata, Pool
+from autolora.adapters import LoRA, Metadata, Pool, save_lora
 from autolora.adapters.adding import add_files
-from autolora.adapters.duplicates import find_duplicates, same_bytes, same_weights, weights_sha256
 from autolora.adapters.reader import read_header
 from autolora.errors import LoRAFormatError, PoolError
 from tests.adapters.lora_files import make_file
@@ -118,7 +119,7 @@ def test_same_bytes_are_refused_by_the_name_they_have(pool, source, tmp_path):
         add_files(pool, [twin])
     assert listing(pool) == before
     (added,) = add_files(pool, [twin], force=True)
-    assert added.notes == ("'ink' in the pool has the same bytes.",)
+    assert added.notes == ("It changes the same as 'ink', a file in kohya format.",)
     again = tmp_path / "in" / "again.safetensors"
     shutil.copy(source, again)
     with pytest.raises(PoolError, match="as 'neon'"):
@@ -126,28 +127,65 @@ def test_same_bytes_are_refused_by_the_name_they_have(pool, source, tmp_path):
     assert "neon" not in Pool(pool)
 
 
-def test_same_weights_with_another_header_are_noted(pool, tmp_path):
+def test_the_same_weights_with_another_header_are_refused(pool, tmp_path):
     edited = tmp_path / "edited.safetensors"
     save_file(load_file(pool / "cat.safetensors"), edited, {"modelspec.title": "Cat"})
-    (added,) = add_files(pool, [edited])
-    assert added.notes == ("'cat' in the pool has the same weights, with another header.",)
-    assert find_duplicates(Pool(pool).entries) == [["cat", "edited"]]
-    assert weights_sha256(edited) == weights_sha256(pool / "cat.safetensors")
-    start = read_header(edited).data_start
-    assert weights_sha256(edited) == hashlib.sha256(edited.read_bytes()[start:]).hexdigest()
+    with pytest.raises(PoolError, match=r"as 'cat', the same weights in another file; leave it"):
+        add_files(pool, [edited])
+    (added,) = add_files(pool, [edited], force=True)
+    assert added.notes == ("It changes the same as 'cat', a file in kohya format.",)
 
 
-def test_comparing_takes_files_of_any_kind(pool, tmp_path):
+def test_the_same_lora_in_another_format_is_refused_by_name(pool, tmp_path):
+    """As people have it: the same training result, saved by two programs."""
+    lora = LoRA.load(pool / "cat.safetensors")
+    pairs = {layer: lora.factors(layer) for layer in lora.layers}
+    before = listing(pool)
+    for n, (format, alpha) in enumerate((("diffusers", None), ("onetrainer-bfl", 3.0))):
+        other = save_lora(tmp_path / f"other{n}.safetensors", pairs, format, alpha=alpha)
+        words = rf"as 'cat', the same weights in kohya format \(this file has {format}\); leave"
+        with pytest.raises(PoolError, match=words):
+            add_files(pool, [other])
+    assert listing(pool) == before
+    # Files that are added together are compared as well.
+    pairs = {layer: (a, b * 1.5) for layer, (a, b) in pairs.items()}
+    one = save_lora(tmp_path / "one.safetensors", pairs, "fal")
+    two = save_lora(tmp_path / "two.safetensors", pairs, "kohya")
+    with pytest.raises(PoolError, match=r"two\.safetensors is in the pool already, as 'one'"):
+        add_files(pool, [one, two])
+    assert listing(pool) == before
+    assert add_files(pool, [one])[0].notes == ()
+
+
+def test_a_copy_in_another_precision_is_noted(pool, tmp_path):
+    half = {k: t.bfloat16() for k, t in load_file(pool / "cat.safetensors").items()}
+    save_file(half, tmp_path / "half.safetensors")
+    (added,) = add_files(pool, [tmp_path / "half.safetensors"])
+    (note,) = added.notes
+    assert note.startswith("It is nearly the same as 'cat' (about 0.00")
+
+
+def test_bad_files_in_the_pool_do_not_keep_a_good_one_out(pool, source):
     for name, content in (("empty", b""), ("short", b"abc"), ("junk", b"\xff" * 100)):
         (pool / f"{name}.safetensors").write_bytes(content)
-    entries = list(Pool(pool).entries)
-    for a in entries:
-        for b in entries:
-            assert same_bytes(a, b) == (a == b)
-            assert same_weights(a, b) == (a == b and a.name in ("cat", "ink"))
-    gone = entries[0]
-    gone.path.unlink()
-    assert not same_bytes(gone, gone) and not same_weights(gone, gone)
+    good = (pool / "cat.safetensors").read_bytes()
+    (pool / "cut.safetensors").write_bytes(good[:-4])
+    seen = []
+    (added,) = add_files(pool, [source], progress=lambda done, total: seen.append((done, total)))
+    assert added.notes == () and seen == [(n, 6) for n in range(1, 7)]
+
+
+def test_strength_beside_a_file_tells_it_from_its_copy(pool, tmp_path):
+    """The same bytes with another alpha in their configuration are another LoRA."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    made = make_file("diffusers", prefix="base_model.model.", keep=lambda path: "to_q" in path)
+    source = made.save(folder / "adapter_model.safetensors")
+    add_files(pool, [source], name="plain")
+    (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
+    assert add_files(pool, [source], name="strong")[0].notes == ()
+    with pytest.raises(PoolError, match="as 'strong'; leave"):
+        add_files(pool, [source], name="again")
 
 
 @pytest.mark.parametrize(
@@ -231,6 +269,30 @@ def test_what_fails_half_way_is_undone(pool, source, monkeypatch, error):
         add_files(pool, [source])
     assert isinstance(caught.value, KeyboardInterrupt) or "No space left" in str(caught.value)
     assert listing(pool) == before
+
+
+def test_what_a_killed_program_left_is_removed_a_day_later(pool, source):
+    for name, hours in (("old", 25), ("new", 1)):
+        left = pool / f".adding-{name}"
+        left.mkdir()
+        (left / "half.safetensors").write_bytes(b"x")
+        os.utime(left, (time.time() - hours * 3600,) * 2)
+    add_files(pool, [source])
+    assert not (pool / ".adding-old").exists() and (pool / ".adding-new").is_dir()
+    assert Pool(pool).names == ["cat", "ink", "neon"]
+
+
+def test_a_pool_that_cannot_be_written_is_said(source, tmp_path):
+    with pytest.raises(PoolError, match=r"neon\.safetensors is not a folder"):
+        add_files(source, [source])
+    with pytest.raises(PoolError, match=r"Nothing was added to LoRA pool .*Not a directory"):
+        add_files(source / "inside", [source])
+
+
+@pytest.mark.parametrize(("path", "words"), [("", "is a folder"), ("no\nne", "does not exist")])
+def test_a_wrong_path_is_said_before_its_name(pool, path, words):
+    with pytest.raises(LoRAFormatError, match=words):
+        add_files(pool, [Path(path)])
 
 
 def test_leftovers_are_not_overwritten(pool, source):

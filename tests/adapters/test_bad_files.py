@@ -235,6 +235,8 @@ DOWN_OK, UP_OK = torch.ones(2, 4), torch.ones(4, 2)
             ["blocks.0.attn.a_to_out", "[90000, 90000]", "larger than any layer"],
         ),
         ({DOWN: DOWN_OK, UP: UP_OK, ALPHA: torch.tensor(True)}, [ALPHA, "BOOL"]),
+        ({DOWN: DOWN_OK, UP: UP_OK, f"{KEY}.lora_A.weight": DOWN_OK}, ["twice", DOWN, "lora_A"]),
+        ({DOWN: DOWN_OK, UP: UP_OK, f"{KEY}.diff_b": torch.ones(2, 2)}, ["diff_b", "[2, 2]"]),
         (
             {
                 DOWN: DOWN_OK,
@@ -270,6 +272,14 @@ DOWN_OK, UP_OK = torch.ones(2, 4), torch.ones(4, 2)
                 "transformer_blocks.0.attn.to_k.lora_B.weight": torch.ones(5, 2),
             },
             ["to_", "blocks.0.attn.a_to_qkv", "[15, 4]", "[12, 4]"],
+        ),
+        (
+            {
+                "transformer_blocks.0.attn.to_q.lora_A.weight": DOWN_OK,
+                "transformer_blocks.0.attn.to_q.lora_B.weight": UP_OK,
+                "transformer_blocks.0.attn.to_k.diff_b": torch.ones(5),
+            },
+            ["to_k.diff_b", "blocks.0.attn.a_to_qkv", "[15, 4]", "[12, 4]"],
         ),
         (
             {

@@ -13,6 +13,7 @@ import torch
 
 from autolora.adapters import LoRA, save_lora
 from autolora.adapters.cache import AdapterCache, file_identity
+from autolora.adapters.prepared import PreparedLoRA
 from autolora.errors import LoRAFormatError, PoolError
 
 LAYER = "single_blocks.0.proj_out"
@@ -91,6 +92,7 @@ def test_factors_are_computed_once_and_counted(file: Path) -> None:
     assert cache.prepare(lora, 8) is ready and (cache.hits, cache.misses) == (1, 2)
     assert cache.nbytes == lora.nbytes + ready.nbytes and len(cache) == 1
     a, b = ready.factors(LAYER)
+    assert ready.nbytes == 2 * (a.nbytes + b.nbytes)  # fusion keeps as much beside them
     assert ready.factors(LAYER)[0] is a and ready.factors(LAYER)[1] is b
     assert all(torch.equal(x, y) for x, y in zip((a, b), lora.factors(LAYER), strict=True))
     assert (ready.name, ready.layers, ready.shape(LAYER)) == ("one", [LAYER], (64, 320))
@@ -109,6 +111,22 @@ def test_adapters_made_in_memory_are_prepared_too(file: Path) -> None:
     cache.load(file)
     assert len(cache) == 1
     assert cache.prepare(one, 8).lora is one
+
+
+def test_a_file_written_again_while_the_old_one_is_prepared(file: Path, monkeypatch) -> None:
+    """What is made of the old file does not take the place of the new one."""
+    cache = AdapterCache()
+    old = cache.load(file)
+    news: list[LoRA] = []
+
+    def rewrite(*args: object) -> PreparedLoRA:
+        write(file, fill=3.0, rank=4)
+        news.append(cache.load(file))
+        return PreparedLoRA(*args)
+
+    monkeypatch.setattr("autolora.adapters.prepared.PreparedLoRA", rewrite)
+    assert cache.prepare(old, 8).lora is old
+    assert cache.load(file) is news[0] is not old and len(cache) == 2
 
 
 def test_several_threads_read_a_file_once(file: Path) -> None:

@@ -196,6 +196,10 @@ def test_alpha_in_adapter_config_beside_a_peft_file(tmp_path):
         ("lora_unet_double_blocks_1_img_attn_qkv.alpha", "no LoRA factors"),
         ("lora_unet_double_blocks_0_img_attn_who.lora_down.weight", "unknown"),
         ("transformer_blocks.{i}.attn.to_q.lora_A.weight", "unknown"),
+        ("transformer_blocks.007.attn.to_q.lora_A.weight", "unknown"),
+        ("transformer_blocks.1234567.attn.to_q.lora_A.weight", "unknown"),
+        ("transformer_blocks.-1.attn.to_q.lora_A.weight", "unknown"),
+        ("x" * 5000 + ".lora_A.weight", "unknown"),
         ("diffusion_model.double_blocks.0.img_attn.norm.query_norm.lora_A.weight", "unknown"),
         ("epoch", "unknown"),
         ("a\nb\u202e", "unknown"),
@@ -210,6 +214,85 @@ def test_unused_keys_are_reported(tmp_path, key, reason):
     assert set(lora.report.dropped) == {key}
     assert reason in lora.report.dropped[key]
     assert_same_deltas(lora, made.truth)
+
+
+def test_a_peft_header_left_in_a_kohya_file_sets_no_strength(tmp_path):
+    """Converters copy the header of a file whose alpha they have folded into its factors."""
+    made = make_file("kohya", keep=lambda path: path.startswith("double_blocks.0."))
+    entries = {"transformer.r": 4, "transformer.lora_alpha": 32}
+    header = {"lora_adapter_metadata": json.dumps(entries)}
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors", header))
+    assert lora.report.scales == (1.0, 1.0)
+    assert_same_deltas(lora, made.truth)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scale"),
+    [("add_q_proj", 4.0), ("attn.add_q_proj", 4.0), ("q_proj", 2.0), ("transformer_blocks", 2.0)],
+)
+def test_patterns_of_alpha_match_whole_names(tmp_path, pattern, scale):
+    """PEFT's rule: the module's path, or its end after a dot."""
+    made = make_file("diffusers", keep=lambda path: path.endswith("_blocks.0.attn.add_q_proj"))
+    entries = {"transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 16}}
+    path = made.save(tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(entries)})
+    assert LoRA.load(path).report.scales == (scale, scale)
+
+
+def test_a_bias_beside_factors_has_no_alpha(tmp_path):
+    """PEFT's bias is part of B and scaled with it; the difference of a bias is what it is."""
+    made = make_file("kohya", alphas=(2.0,), keep=lambda path: path.endswith("0.img_attn.proj"))
+    key, width = "lora_unet_double_blocks_0_img_attn_proj", 8
+    made.tensors[f"{key}.diff_b"] = torch.arange(width).float()
+    made.tensors[f"{key}.lora_up.bias"] = torch.ones(width)
+    lora = LoRA.load(made.save(tmp_path / "a.safetensors"))
+    assert lora.report.scales == (0.5, 0.5)
+    assert torch.equal(lora.bias("blocks.0.attn.a_to_out"), torch.arange(width) + 0.5)
+
+
+@pytest.mark.parametrize(("extra", "scale"), [({}, 8.0), ({"alpha": torch.tensor(4.0)}, 1.0)])
+def test_alpha_of_a_kronecker_product_of_whole_matrices(tmp_path, extra, scale):
+    """PEFT's configuration counts, but LyCORIS writes an alpha tensor that does not."""
+    key = "transformer.transformer_blocks.0.attn.to_out.0"
+    config = {"peft_type": "LOKR", "r": 2, "alpha": 16}
+    header = {f"transformer.{name}": value for name, value in config.items()}
+    tensors = {f"{key}.{name}": tensor for name, tensor in extra.items()}
+    tensors |= {f"{key}.lokr_w1": torch.ones(2, 2), f"{key}.lokr_w2": torch.ones(4, 4)}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(header)})
+    lora = LoRA.load(tmp_path / "a.safetensors")
+    assert torch.equal(lora.delta("blocks.0.attn.a_to_out"), torch.full((8, 8), scale))
+
+
+def test_rank_of_a_kronecker_product_is_that_of_its_second_side(tmp_path):
+    """As LyCORIS counts it, should the sides ever have different ones."""
+    key, path = "lora_unet_double_blocks_0_img_attn_proj", tmp_path / "a.safetensors"
+    random = torch.Generator().manual_seed(0)
+    shapes = {"w1_a": (4, 2), "w1_b": (2, 4), "w2_a": (2, 5), "w2_b": (5, 2)}
+    sides = {name: torch.randn(*shape, generator=random) for name, shape in shapes.items()}
+    tensors = {f"{key}.lokr_{name}": tensor for name, tensor in sides.items()}
+    save_file(tensors | {f"{key}.alpha": torch.tensor(10.0)}, path)
+    w1, w2 = (sides[f"w{n}_a"].double() @ sides[f"w{n}_b"].double() for n in (1, 2))
+    lora = LoRA.load(path)
+    torch.testing.assert_close(
+        lora.delta("blocks.0.attn.a_to_out").double(), 2 * torch.kron(w1, w2), rtol=1e-6, atol=1e-6
+    )
+    assert lora.report.ranks == (5, 5) and lora.report.scales == (2.0, 2.0)
+
+
+def test_sizes_of_small_models_say_nothing_about_flux(tmp_path):
+    """The tiny model may have more blocks than FLUX.1, and an input of any width."""
+    tensors = {}
+    for number, (path, inner) in enumerate(
+        (("double_blocks.40.img_attn.proj", 8), ("img_in", 128), ("single_blocks.40.linear2", 40))
+    ):
+        random = torch.Generator().manual_seed(number)
+        tensors[f"diffusion_model.{path}.lora_A.weight"] = torch.randn(1, inner, generator=random)
+        tensors[f"diffusion_model.{path}.lora_B.weight"] = torch.randn(8, 1, generator=random)
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert len(LoRA.load(tmp_path / "a.safetensors").layers) == 3
+    # Where the width does not show, the file counts as one for FLUX.1.
+    outer = {key: tensor for key, tensor in tensors.items() if "img_in" in key}
+    save_file(outer, tmp_path / "b.safetensors")
+    assert LoRA.load(tmp_path / "b.safetensors").report.total == 314
 
 
 def test_report_is_plain_data(tmp_path):

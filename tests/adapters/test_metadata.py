@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from autolora.adapters import LoRA, Metadata
-from autolora.adapters.covers import embedded_covers, read_embedded_covers
+from autolora.adapters.covers import embedded_covers, picture_suffix, read_embedded_covers
 from autolora.adapters.fields import plain_text
 from autolora.adapters.sidecars import SIDECARS, parse_card, parse_header, parse_user
 
@@ -183,6 +183,45 @@ widget:
 
 # House of TOK
 """
+
+
+def test_a_card_names_no_picture_outside_its_folder(lora_file, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = lora_file(stem="in/neon")
+    outside = tmp_path / "private.png"
+    outside.write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "own.png").write_bytes(outside.read_bytes())
+    (folder / "link.png").symlink_to(outside)
+    for name in ("../private.png", str(outside), "link.png", "own.png"):
+        (folder / "README.md").write_text(f"---\nwidget:\n- output: {{url: {name}}}\n---\n")
+        covers = Metadata.read(path).covers
+        assert [cover.name for cover in covers] == (["own.png"] if name == "own.png" else [])
+
+
+def test_a_huge_sidecar_is_not_read(lora_file, monkeypatch):
+    path = lora_file(**{".json": {"activation text": "n30n"}})
+    size = path.with_suffix(".json").stat().st_size
+    monkeypatch.setattr("autolora.adapters.metadata.MAX_SIDECAR_BYTES", size)
+    assert Metadata.read(path).trigger_words == ["n30n"]
+    monkeypatch.setattr("autolora.adapters.metadata.MAX_SIDECAR_BYTES", size - 1)
+    found = Metadata.read(path)
+    assert found.trigger_words == [] and found.warnings == ["neon.json is too large; not used."]
+
+
+@pytest.mark.parametrize(
+    ("start", "suffix"),
+    [
+        (b"\x89PNG\r\n\x1a\n", ".png"),
+        (b"\xff\xd8\xff\xe0", ".jpg"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", ".webp"),
+        (b"RIFF\x10\0\0\0WAVEfmt ", ""),
+        (b"GIF89a", ""),
+        (b"", ""),
+    ],
+)
+def test_pictures_are_known_by_their_first_bytes(start, suffix):
+    assert picture_suffix(start) == suffix
 
 
 def test_model_card(lora_file, tmp_path):

@@ -121,7 +121,10 @@ def test_bad_files_do_not_disturb_the_rest(folder, tmp_path):
     (folder / "inside.safetensors").symlink_to(folder / "neon.safetensors")
     pool = Pool(folder)
     assert pool.names == ["broken", "cat", "dog", "ink", "inside", "neon", "schnee ❄ 雪"]
-    reasons = {problem.path.name: problem.reason for problem in pool.check()}
+    problems = pool.check()
+    assert problems == sorted(problems, key=lambda problem: str(problem.path))
+    assert [problem.path.name for problem in problems] != [p.path.name for p in pool.scan_problems]
+    reasons = {problem.path.name: problem.reason for problem in problems}
     expected = {
         "broken.safetensors": "not a valid safetensors file",
         "old.ckpt": "is a pickle, which can run code",
