@@ -154,17 +154,17 @@ class Retriever(nn.Module):
         if self.spec.newcomers is None:
             return claimed
         split = self._known_dim
+        least = _logit(self.calibration.threshold)
+        new = torch.nonzero((known < least) & loras[:, split:].any(1))[:, 0]
         scores = standard_scores(
             functional.normalize(queries[:, split:], dim=1),
-            functional.normalize(loras[:, split:], dim=1),
+            functional.normalize(loras[new, split:], dim=1),
             self.newcomer_background,
             self.newcomer_references,
         )
-        least = _logit(self.calibration.threshold)
         of_newcomers = self.spec.newcomers.log_odds(scores)
-        of_newcomers += least - _logit(self.spec.newcomers.threshold)
-        new = (known < least) & loras[:, split:].any(1)
-        return torch.where(new, of_newcomers, claimed)
+        claimed[:, new] = of_newcomers + least - _logit(self.spec.newcomers.threshold)
+        return claimed
 
     @property
     def _known_dim(self) -> int:
