@@ -4,6 +4,8 @@ It shares no table with the package: module paths and row offsets are spelled ou
 the layouts of the programs that write such files. Sizes are in units of the model width.
 """
 
+import json
+import struct
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +35,15 @@ OUTER = {
     "final_norm_out.linear": (2, 1),
     "final_proj_out": (2, 1),
 }
+
+
+def pack(header, data=b"") -> bytes:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def entry(shape=(1, 2), begin=0, end=8, dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
 def canonical_shapes() -> dict[str, tuple[int, int]]:
