@@ -6,14 +6,11 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from autolora.adapters import LoRA, Metadata
-from autolora.adapters.covers import embedded_covers, picture_suffix, read_embedded_covers
-from autolora.adapters.fields import plain_text
-from autolora.adapters.sidecars import SIDECARS, parse_card, parse_header, parse_user
+from autolora.adapters.covers import picture_suffix, read_embedded_covers
+from tests.adapters.metadata_samples import A1111, CIVITAI, HEADER, MANAGER
 
 KEY = "lora_unet_double_blocks_0_img_attn_proj"
 
@@ -33,37 +30,6 @@ def lora_file(tmp_path):
         return path
 
     return write
-
-
-HEADER = {
-    "modelspec.title": "Header title",
-    "modelspec.description": "Header text",
-    "modelspec.trigger_phrase": "header trigger",
-    "modelspec.architecture": "flux-1-dev/lora",
-    "ss_output_name": "out",
-    "ss_tag_frequency": json.dumps({"a": {"neon": 5, "sign": 9}, "b": {"neon": 7, "Sign": 1}}),
-}
-MANAGER = {
-    "model_name": "Neon Lights",
-    "modelDescription": "<p>Bright &amp; <b>bold</b></p>",
-    "tags": ["style", "neon"],
-    "base_model": "Flux.1 D",
-    "civitai": {"trainedWords": ["neon style, ", "n30n", "Neon Style"]},
-    "usage_tips": '{"strength": 0.8, "strength_min": 0.5, "strength_max": 1.2}',
-}
-A1111 = {
-    "description": "From the web UI",
-    "sd version": "Flux",
-    "activation text": "neon glow, n30n",
-    "preferred weight": 0.7,
-}
-CIVITAI = {
-    "name": "v1.0",
-    "model": {"name": "Neon by somebody", "tags": ["light"]},
-    "description": "Version text",
-    "trainedWords": ["civ word"],
-    "baseModel": "Flux.1 D",
-}
 
 
 def test_nothing_but_weights(lora_file):
@@ -425,37 +391,3 @@ def test_stem_with_dots_and_brackets(lora_file, tmp_path):
     metadata = Metadata.read(path)
     assert metadata.sources["description"] == "a.v1 [x].json"
     assert len(metadata.covers) == 1
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-MORE = "strength strength_min strength_max strength_range images widget instance_prompt captions"
-NAMES = sorted({*MANAGER, *A1111, *CIVITAI, *HEADER, *MORE.split(), "ssmd_cover_images"})
-
-
-UNSAFE = {chr(n) for n in (*range(32), *range(0x7F, 0xA0), 0x202E, 0x2066, 0xD800)} - {"\n"}
-
-
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.sampled_from(NAMES), JSON))
-def test_parsers_take_anything(entries):
-    embedded_covers(entries)
-    for parse in (*dict(SIDECARS).values(), parse_header, parse_card, parse_user):
-        fields, problems = parse(entries)
-        assert all(isinstance(problem, str) for problem in problems)
-        for name, value in fields.items():
-            assert value not in ("", [], None) or parse is parse_user
-            if name in ("trigger_words", "tags", "captions", "suggestions"):
-                assert all(isinstance(word, str) for word in value)
-            if name in ("title", "description", "base_model"):
-                assert not set(value) & UNSAFE
-
-
-def test_plain_text_keeps_what_is_no_markup():
-    assert plain_text("strength < 1 and > 0 &amp;") == "strength < 1 and > 0 &amp;"
-    assert plain_text("<p>a</p>\n<p>b&lt;c</p>") == "a\nb<c"
