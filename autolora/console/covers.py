@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autolora.console.catalog import Item
-from autolora.console.files import write_whole
 from autolora.errors import AutoLoRAError, PoolError, shown
+from autolora.files import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,8 +90,9 @@ class Covers:
             data = file.read_bytes()
         except OSError:
             data = make()
-            with contextlib.suppress(OSError):  # a full or read-only disk only costs time
-                write_whole(file, data)
+            # A full or read-only disk only costs time.
+            with contextlib.suppress(OSError), replacing(file) as temporary:
+                temporary.write_bytes(data)
         with self._lock:
             self._memory[key] = data
             while len(self._memory) > MEMORY:

@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from autolora.console.files import write_whole
 from autolora.errors import ConfigError, GenerationError, shown
+from autolora.files import replacing
 from autolora.generation.prompts import check_strength
 
 BASE = "base"
@@ -149,7 +149,8 @@ class Styles:
         text = head + yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
         target = self._own / f"{style.name}.yaml"
         try:
-            write_whole(target, text.encode())
+            with replacing(target) as temporary:
+                temporary.write_bytes(text.encode())
         except OSError as error:
             raise ConfigError(
                 f"{shown(target)} cannot be written: {shown(error.strerror or error)}."

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from autolora.errors import ConfigError, shown
+from autolora.files import replacing
 from autolora.flux.config import PipelineConfig, find_config, load_config
 
 
@@ -40,16 +39,9 @@ def write_config(
     for key, value in values.items():
         text = _with_value(text, key, value)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".yaml")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+        with replacing(target, suffix=".yaml") as temporary:
+            temporary.write_text(text, encoding="utf-8")
             load_config(temporary)
-            os.chmod(temporary, 0o644)  # mkstemp makes the file private to its owner
-            os.replace(temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         reason = shown(error.strerror or error)
         raise ConfigError(f"{shown(target)} cannot be written: {reason}.") from error

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autolora.errors import FusionError
+from autolora.files import replacing
 from autolora.fusion.gate import PARAMETER_NAMES, Gate
 
 _PREFIX = "model_dict."
@@ -121,20 +120,11 @@ def save_gates(
         raise FusionError("there are no gates to save")
     path = Path(path)
     tensors = {k: v.detach().float().cpu().contiguous() for k, v in bank.state_dict().items()}
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        save_file(tensors, temporary, metadata={**bank.metadata, **(metadata or {})})
-        os.chmod(temporary, 0o644)  # mkstemp makes the file private to its owner
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={**bank.metadata, **(metadata or {})})
     except (SafetensorError, OSError) as error:
         raise FusionError(f"can't write gates to {path}: {error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
 
 
 def _group_by_layer(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tensor]]:

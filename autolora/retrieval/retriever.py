@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -26,6 +25,7 @@ from torch.nn import functional
 
 from autolora.adapters.reader import file_sha256
 from autolora.errors import RetrievalError, shown
+from autolora.files import replacing
 from autolora.retrieval.calibration import Calibration, explain_away, standard_scores
 from autolora.retrieval.encoder import LoRAEncoder
 from autolora.retrieval.features import LoRAInputs
@@ -296,21 +296,13 @@ class Retriever(nn.Module):
             path: The file.
         """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         tensors = dict(self.state_dict())
         tensors |= {f"probes.{layer}": probe for layer, probe in self.probes.items()}
         tensors = {name: _stored(value) for name, value in tensors.items()}
-        handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".part")
-        os.close(handle)
-        try:
+        with replacing(target) as temporary:
             # One entry only: the library writes several in random order, and the file's hash is
             # what an index is checked against.
             save_file(tensors, temporary, metadata={FORMAT: self._describe()})
-            os.chmod(temporary, 0o644)  # mkstemp makes the file private to its owner
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
         self.path = target
         self.__dict__.pop("sha256", None)
 

@@ -1,0 +1,24 @@
+import os
+
+import pytest
+
+from autolora.files import replacing
+
+
+def test_a_file_is_replaced_when_all_went_well(tmp_path):
+    target = tmp_path / "new" / "a.txt"
+    for text in ("first", "second"):
+        with replacing(target) as temporary:
+            temporary.write_text(text)
+            assert temporary.parent == target.parent and temporary != target
+    assert target.read_text() == "second" and os.listdir(target.parent) == ["a.txt"]
+    assert target.stat().st_mode & 0o777 == 0o644
+
+
+def test_what_was_there_stays_when_something_fails(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("before")
+    with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "before" and os.listdir(tmp_path) == ["a.txt"]
