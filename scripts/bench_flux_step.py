@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from autolora.fusion.kernels.gated import kernel_name
+from autolora.fusion.kernels.dispatch import kernel_name
 from scripts.flux_step import measure, variants
 from scripts.flux_step.model import BLOCK, FLUX, TINY, FluxTransformer, Sizes, build, inputs
 

@@ -4,7 +4,7 @@
     python scripts/check_kernels.py --cards 89 --types bf16 fp32
     python scripts/check_kernels.py --cards 90 --least        # the smallest and largest of each
 
-All sets of constants that `autolora.fusion.kernels.triton_launch` calls a kernel with. Fails where
+All sets of constants that `autolora.fusion.kernels.triton` calls a kernel with. Fails where
 a kernel needs more shared memory than the smallest cards (sm_86, sm_89) give a program, or spills
 registers in earnest. In float32 the products use no matrix units; that form takes minutes to
 compile and is there for exactness. Needs Triton with CUDA's tools, no GPU. The last line is JSON.
@@ -30,9 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from autolora.fusion.kernels import triton_backward as bw
-from autolora.fusion.kernels import triton_forward as fw
-from autolora.fusion.kernels import triton_launch as launch
+from autolora.fusion.kernels import triton as kernels
 
 HALF = ["y", "h", "scaled", "fused", "centred", "grad", "grad_h", "grad_z", "grad_y"]
 SIZES = ["T", "C", "count", "tiles"]
@@ -66,26 +64,28 @@ class Usage:
 
 def variants(dtype: str) -> Iterator[Variant]:
     """Every kernel with every set of constants, smallest first."""
-    widths = [*launch.BLOCKS[::-1], fw.MAX_RANK]
+    widths = [*kernels.BLOCKS[::-1], kernels.MAX_RANK]
     fast = {"APPROXIMATE": dtype != "fp32"}
-    blocks = launch.BLOCKS[::-1]
-    chosen: dict[Any, tuple[list[launch.Tile], list[dict[str, Any]]]] = {
-        fw.statistics_kernel: (
-            [launch.STATISTICS_TILE],
+    blocks = kernels.BLOCKS[::-1]
+    by_width = [{"W": width, **fast} for width in widths]
+    by_block = [{"BK": block, **fast} for block in blocks]
+    chosen: dict[Any, tuple[list[kernels.Tile], list[dict[str, Any]]]] = {
+        kernels.statistics_kernel: (
+            [kernels.STATISTICS_TILE],
             [{"KEEP": keep, "BK": blocks[0]} for keep in (False, True)],
         ),
-        fw.fuse_kernel: (
-            [launch.FUSE_TILE_FEW_TOKENS, launch.FUSE_TILE],
+        kernels.fuse_kernel: (
+            [kernels.FUSE_TILE_FEW_TOKENS, kernels.FUSE_TILE],
             [
                 {"RECORD": record, "BK": block, **fast}
                 for record in (False, True)
                 for block in blocks
             ],
         ),
-        bw.adapter_kernel: ([launch.ADAPTER_TILE], [{"W": width, **fast} for width in widths]),
-        bw.channel_kernel: ([launch.CHANNEL_TILE], [{"BK": block, **fast} for block in blocks]),
-        bw.base_kernel: ([launch.BASE_TILE], [{}]),
-        bw.factor_kernel: ([launch.FACTOR_TILE], [{"W": width, **fast} for width in widths]),
+        kernels.adapter_kernel: ([kernels.ADAPTER_TILE], by_width),
+        kernels.channel_kernel: ([kernels.CHANNEL_TILE], by_block),
+        kernels.base_kernel: ([kernels.BASE_TILE], [{}]),
+        kernels.factor_kernel: ([kernels.FACTOR_TILE], by_width),
     }
     for kernel, (tiles, sets) in chosen.items():
         for tile, values in itertools.product(tiles, sets):

@@ -12,7 +12,6 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-MAX_FILE = 400
 MAX_FUNCTION = 60
 MAX_MAIN = 80  # in programs, where a run is read from top to bottom
 PROGRAMS = ("scripts", "train")
@@ -28,9 +27,8 @@ def relative(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", sources("autolora", "train", "scripts"), ids=relative)
-def test_files_and_functions_are_small(file: Path) -> None:
+def test_functions_are_small(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    assert text.count("\n") <= MAX_FILE, f"{relative(file)} has {text.count(chr(10))} lines"
     limit = MAX_MAIN if relative(file).startswith(PROGRAMS) else MAX_FUNCTION
     long = [
         f"{node.name} ({length} lines)"

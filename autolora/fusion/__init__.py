@@ -3,23 +3,25 @@
 from autolora.fusion.adapter import Adapter, DenseAdapter
 from autolora.fusion.attach import (
     AttachReport,
+    add,
     attach,
     attached,
     attached_names,
     detach,
     linear_shapes,
+    make_ready,
+    remove,
+    reserve,
     set_strengths,
+    switch,
 )
-from autolora.fusion.bank import GateBank, load_gates, save_gates
-from autolora.fusion.gate import Gate
+from autolora.fusion.gate import Gate, GateBank, load_gates, save_gates
 from autolora.fusion.linear import FusedLinear
-from autolora.fusion.matching import AttachedAdapter, attached_layers
+from autolora.fusion.match import AttachedAdapter, attached_layers
 from autolora.fusion.merge import MergeReport, base_weight, merge_, merged, restore
-from autolora.fusion.plans import Capacity
+from autolora.fusion.packed import Capacity
 from autolora.fusion.record import GateRecords, record_gates
-from autolora.fusion.reserving import reserve
 from autolora.fusion.strategies import Strategy, get_strategy, strategy_names
-from autolora.fusion.switching import add, make_ready, remove, switch
 
 __all__ = [
     "Adapter",

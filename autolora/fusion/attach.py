@@ -1,28 +1,44 @@
-"""Put adapters into a model and take them out again."""
+"""Put adapters into a model and take them out again.
+
+Change what is attached, touching nothing but what differs.
+
+`attach` builds every layer anew. Here layers that are attached already are kept as objects, and
+only those that an adapter comes to or goes from are changed; the factors of the other adapters are
+neither asked for nor computed again.
+
+Adapters on their way to the accelerator while it works on something else.
+
+CUDA graphs around a model with adapters, for small steps that launches would dominate.
+
+Room for adapters that come later, for models that are compiled or captured once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from autolora.errors import FusionError
 from autolora.fusion.adapter import Adapter
-from autolora.fusion.bank import GateBank
+from autolora.fusion.gate import GateBank
 from autolora.fusion.linear import FusedLinear, linear_shape
-from autolora.fusion.matching import (
+from autolora.fusion.match import (
     AttachedAdapter,
     attached_layers,
     check_adapters,
+    check_attached,
     check_strengths,
     find_linears,
     match,
     replace_layer,
 )
 from autolora.fusion.merge import Merge, MergeReport, merge_, merge_of, restore
+from autolora.fusion.packed import Capacity, Factors
 from autolora.fusion.strategies import Strategy, get_strategy
 
 
@@ -289,3 +305,296 @@ def fuse_layer(
         return strategy.fuse(layer, base, names, factors, [s for _, s in adapters], gates)
     except FusionError as error:
         raise FusionError(f"layer {layer}: {error}") from error
+
+
+Members = Sequence[tuple[Adapter, float]]
+Entry = tuple[str, Factors, float]
+"""Name, factors and strength of an adapter in one layer."""
+
+
+def switch(
+    module: nn.Module,
+    adapters: Members,
+    strategy: str = "gated",
+    gates: GateBank | None = None,
+) -> AttachReport:
+    """Go from what is attached to other adapters, strengths, gates or another strategy.
+
+    The result is that of `attach`, to the bit. A layer whose adapters, factors (the same tensors)
+    and strengths stay is not touched, nor is what it has computed from them; adapters that keep
+    their factors, as `autolora.adapters.PreparedLoRA` does, therefore make a switch cheap.
+
+    Args:
+        module: The model.
+        adapters: Pairs of adapter and strength, as they shall be afterwards; none detaches.
+        strategy: Name of the strategy.
+        gates: Trained gates for strategies that use them; None is the plain sum.
+
+    Raises:
+        FusionError: As for `attach`; nothing is changed then.
+    """
+    chosen = get_strategy(strategy)
+    if chosen.merges or merge_of(module) is not None:
+        return attach(module, adapters, strategy, gates)
+    plan = plan_layers(module, adapters, chosen, gates)
+    present = attached_layers(module)
+    updates: list[tuple[str, FusedLinear, Sequence[Entry]]] = []
+    built: dict[str, FusedLinear] = {}
+    for layer, members in plan.members.items():
+        fused = present.get(layer)
+        if fused is not None and chosen.updates(layer, fused, gates):
+            entries = [(a.name, a.factors(layer), float(s)) for a, s in members]
+            if not _same(entries, _entries(fused)):
+                updates.append((layer, fused, entries))
+        else:
+            built[layer] = fuse_layer(chosen, layer, plan.linears[layer], members, gates)
+    leaving = present.keys() - plan.members.keys()
+    reserved = [layer for layer in leaving if present[layer].capacity is not None]
+    _update([*updates, *((layer, present[layer], ()) for layer in reserved)])
+    for layer, replacement in built.items():
+        replace_layer(module, layer, replacement)
+    for layer in leaving - set(reserved):
+        replace_layer(module, layer, present[layer].base)
+    return plan.report
+
+
+def add(
+    module: nn.Module,
+    adapter: Adapter,
+    strength: float = 1.0,
+    strategy: str = "gated",
+    gates: GateBank | None = None,
+) -> AttachedAdapter:
+    """Attach one more adapter, after those that are attached already.
+
+    Args:
+        module: The model.
+        adapter: The adapter.
+        strength: Its strength.
+        strategy: What the others are attached by; a layer that holds none yet gets it.
+        gates: As for the others.
+
+    Raises:
+        FusionError: An adapter of this name is attached, the others are attached otherwise, or as
+            for `attach`; nothing is changed then.
+    """
+    chosen = get_strategy(strategy)
+    if adapter.name in attached_names(module):
+        raise FusionError(f"adapter {adapter.name!r} is attached already; change its strength")
+    merge = merge_of(module)
+    if merge is not None or chosen.merges:
+        if merge is None and attached_names(module):
+            raise FusionError("the other adapters are not merged; detach them first, or use theirs")
+        if merge is None:
+            return attach(module, [(adapter, strength)], "merged").adapters[0]
+        return remerge(module, merge, [*merge.pairs, (adapter, strength)]).adapters[-1]
+    plan = plan_layers(module, [(adapter, strength)], chosen, gates)
+    present = attached_layers(module)
+    updates: list[tuple[str, FusedLinear, list[Entry]]] = []
+    built: dict[str, FusedLinear] = {}
+    for layer, members in plan.members.items():
+        fused = present.get(layer)
+        if fused is None:
+            built[layer] = fuse_layer(chosen, layer, plan.linears[layer], members, gates)
+        elif chosen.updates(layer, fused, gates):
+            new = (adapter.name, adapter.factors(layer), float(strength))
+            updates.append((layer, fused, [*_entries(fused), new]))
+        else:
+            raise FusionError(f"layer {layer}: the other adapters go through other gates")
+    _update(updates)
+    for layer, replacement in built.items():
+        replace_layer(module, layer, replacement)
+    return plan.report.adapters[0]
+
+
+def remove(module: nn.Module, name: str) -> int:
+    """Take one adapter out; the others stay as they are.
+
+    Returns:
+        The number of layers that it was in (for merged adapters, of all layers merged anew).
+
+    Raises:
+        FusionError: It is not attached.
+    """
+    check_attached(attached_names(module), name)
+    merge = merge_of(module)
+    if merge is not None:
+        rest = [pair for pair in merge.pairs if pair[0].name != name]
+        return len(remerge(module, merge, rest).layers)
+    count = 0
+    for layer, fused in attached_layers(module).items():
+        if name not in fused.names:
+            continue
+        count += 1
+        rest_of_layer = [entry for entry in _entries(fused) if entry[0] != name]
+        if rest_of_layer or fused.capacity is not None:
+            _update([(layer, fused, rest_of_layer)])
+        else:
+            replace_layer(module, layer, fused.base)
+    return count
+
+
+def _entries(fused: FusedLinear) -> list[Entry]:
+    return list(zip(fused.names, fused.factors, fused.strengths, strict=True))
+
+
+def _same(entries: Sequence[Entry], others: Sequence[Entry]) -> bool:
+    """Tell whether names and strengths are equal and factors are the very same tensors."""
+    return len(entries) == len(others) and all(
+        name == other and strength == value and a is c and b is d
+        for (name, (a, b), strength), (other, (c, d), value) in zip(entries, others, strict=True)
+    )
+
+
+def _update(updates: Sequence[tuple[str, FusedLinear, Sequence[Entry]]]) -> None:
+    """Give layers other adapters; all of them keep theirs where one refuses."""
+    done: list[tuple[FusedLinear, list[Entry]]] = []
+    for layer, fused, entries in updates:
+        done.append((fused, _entries(fused)))
+        try:
+            fused.set_adapters(*_columns(entries))
+        except BaseException as error:
+            for changed, before in done:
+                changed.set_adapters(*_columns(before))
+            if isinstance(error, FusionError):
+                raise FusionError(f"layer {layer}: {error}") from error
+            raise
+
+
+def _columns(entries: Sequence[Entry]) -> tuple[list[str], list[Factors], list[float]]:
+    return [e[0] for e in entries], [e[1] for e in entries], [e[2] for e in entries]
+
+
+def make_ready(module: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> int:
+    """Compute now what the first call of every attached layer would, such as device copies.
+
+    Args:
+        module: The model.
+        dtype: Type of the layers' outputs.
+        device: Where they will be; the CPU where None.
+
+    Returns:
+        The number of layers.
+    """
+    layers = attached_layers(module)
+    with torch.no_grad():  # which also spares looking whether anything trains
+        for fused in layers.values():
+            fused.prepare(dtype, device or torch.device("cpu"))
+    return len(layers)
+
+
+def ready_beside(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Bring attached adapters to the accelerator on a stream of their own.
+
+    Meant for the moment before something else is computed there, such as the text of a prompt.
+
+    Args:
+        module: The model with the adapters.
+        dtype: Type of the layers' outputs.
+        device: Where they will be.
+
+    Returns:
+        What to call before the model is. Work queued afterwards waits for the adapters, the host
+        does not. On a CPU nothing is done here, and layers make themselves ready when called.
+    """
+    if device.type != "cuda":
+        return lambda: None
+    beside = torch.cuda.Stream(device)
+    # So that memory of earlier adapters is not overwritten while queued work still reads it.
+    beside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(beside):
+        make_ready(module, dtype, device)
+        event = beside.record_event()
+    return lambda: torch.cuda.current_stream(device).wait_event(event)
+
+
+WARM_UP_CALLS = 3  # kernels are compiled and workspaces made before the capture
+
+
+def capture(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
+    """Record a call once and return a function that replays it with other inputs.
+
+    Adapters may be exchanged between replays if they were attached with a `Capacity`: their
+    buffers are written in place. Anything else that the function reads must stay where it is.
+
+    Args:
+        function: Takes tensors and returns a tensor, or a tuple of tensors; must not look at their
+            values on the host. Gradients are not recorded.
+        inputs: An example of each input, on one CUDA device. Later inputs must be of the same
+            shapes and dtypes; they are copied.
+
+    Returns:
+        A function of the same inputs. Its result is overwritten by the next call.
+
+    Raises:
+        FusionError: The inputs are not on a CUDA device.
+    """
+    if not inputs or not all(tensor.is_cuda for tensor in inputs):
+        raise FusionError("a graph can only be captured with inputs on a CUDA device")
+    static = [tensor.clone() for tensor in inputs]
+    with torch.no_grad(), torch.cuda.device(inputs[0].device):
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP_CALLS):
+                function(*static)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function(*static)
+
+    def replay(*others: Tensor) -> Any:
+        for place, tensor in zip(static, others, strict=True):
+            if place.shape != tensor.shape:
+                raise FusionError(
+                    f"a captured graph takes {list(place.shape)}, not {list(tensor.shape)}"
+                )
+            place.copy_(tensor)
+        graph.replay()
+        return result
+
+    return replay
+
+
+def reserve(
+    module: nn.Module,
+    capacity: Capacity,
+    dtype: torch.dtype,
+    device: torch.device,
+    strategy: str = "gated",
+    gates: GateBank | None = None,
+    layers: Callable[[str], bool] | None = None,
+) -> tuple[str, ...]:
+    """Wrap every linear layer with room for adapters, before `torch.compile` or a capture.
+
+    `autolora.fusion.switch`, `add`, `remove` and `set_strengths` then change the adapters in
+    place: the model's modules stay, nothing is compiled anew, and captured graphs follow.
+    `detach` gives the bare model back.
+
+    Args:
+        module: The model; nothing may be attached to it.
+        capacity: The most that one layer's adapters may need; buffers of that size are kept for
+            each layer.
+        dtype: Of the layers' outputs.
+        device: Where the layers compute.
+        strategy: What adapters will be attached by; not one that merges.
+        gates: Trained gates for a strategy that uses them; `switch` must be given the same.
+        layers: Tells by canonical name which layers adapters may come to; all where None.
+
+    Returns:
+        The layers, in the model's order.
+
+    Raises:
+        FusionError: Something is attached already, the strategy merges, or no layer is chosen.
+    """
+    chosen = get_strategy(strategy)
+    if chosen.merges or attached_names(module) or attached_layers(module):
+        raise FusionError("room for adapters can only be made in a bare model; detach first")
+    linears = {n: m for n, m in find_linears(module).items() if layers is None or layers(n)}
+    if not linears:
+        raise FusionError("no linear layer was chosen to make room in")
+    for layer, base in linears.items():
+        fused = FusedLinear(base, (), chosen.gate(layer, gates), capacity=capacity)
+        fused.prepare(dtype, device)
+        replace_layer(module, layer, fused)
+    return tuple(linears)

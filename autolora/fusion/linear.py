@@ -1,21 +1,90 @@
-"""One linear layer with adapters around it."""
+"""One linear layer with adapters around it.
+
+Adapters' outputs added to a base output: the plain sum, and the gated one.
+
+Shapes: ``N`` adapters, ``R`` packed ranks, ``in`` and ``out`` channels. All adapters of a layer
+share one down-projection; `autolora.fusion.packed` says how they are packed,
+and `autolora.fusion.kernels` holds the arithmetic behind the gate, once per kind of device.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autolora.errors import FusionError
-from autolora.fusion import arithmetic
-from autolora.fusion.arithmetic import Recorder
 from autolora.fusion.gate import Gate, GateTerms, Stamps, tensor_versions
-from autolora.fusion.kernels import native
-from autolora.fusion.packing import PackedAdapters
-from autolora.fusion.plans import Capacity, Factors
+from autolora.fusion.kernels import dispatch, native
+from autolora.fusion.packed import Capacity, Factors, GatedPlan, PackedAdapters, SumPlan
+
+Recorder = Callable[[Tensor], None]
+"""Takes the mean of ``w_out * g_i`` over tokens and channels, ``[N]``."""
+
+
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of the adapters' products beside a base output of this dtype.
+
+    On a CPU products in float32 are both faster than in half precision and more exact; on a GPU
+    half precision is kept.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and device.type == "cpu" else dtype
+
+
+def fuse_sum(y: Tensor, x: Tensor, plan: SumPlan, inplace: bool = False) -> Tensor:
+    """Add all adapters to the base output.
+
+    Args:
+        y: Base output, ``[..., out]``.
+        x: The layer's input, ``[..., in]``.
+        plan: The adapters.
+        inplace: Whether ``y`` may be overwritten; not together with gradients.
+
+    Returns:
+        ``[..., out]`` in the dtype of ``y``.
+    """
+    hidden = F.linear(_rows(x, y.device, plan.down.dtype), plan.down)
+    base = y.reshape(-1, y.shape[-1]).to(hidden.dtype)
+    # A copy of ``y`` would cost as much as the product; it is spared where it may be.
+    fused = base.addmm_(hidden, plan.up) if inplace else torch.addmm(base, hidden, plan.up)
+    return fused.to(y.dtype).view(y.shape)
+
+
+def fuse_gated(
+    y: Tensor,
+    x: Tensor,
+    plan: GatedPlan,
+    terms: GateTerms,
+    record: bool = False,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Add all adapters through the gate to the base output.
+
+    Args:
+        y: Base output, ``[..., out]``.
+        x: The layer's input, ``[..., in]``.
+        plan: The adapters.
+        terms: The gate, at least float32.
+        record: Whether to return the mean gates.
+        inplace: Whether ``y`` may be overwritten; ignored where gradients are wanted.
+
+    Returns:
+        ``[..., out]`` in the dtype of ``y``, and the mean of ``w_out * g_i`` over tokens and
+        channels, ``[N]``, or None.
+    """
+    hidden = F.linear(_rows(x, y.device, plan.down.dtype), plan.down)
+    base = y.reshape(-1, y.shape[-1])
+    fused, means = dispatch.fuse(base, hidden, plan.ups, terms, record, inplace)
+    return fused.view(y.shape), means
+
+
+def _rows(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(device=device, dtype=dtype)
 
 
 class FusedLinear(nn.Module):
@@ -196,7 +265,7 @@ class FusedLinear(nn.Module):
         if by_hand and self._native_layer() is not None:
             return
         terms = self._terms(dtype, device)
-        working = arithmetic.working_dtype(dtype, device)
+        working = working_dtype(dtype, device)
         if terms is None:
             self._packed.sum(working, device)
         else:
@@ -226,14 +295,14 @@ class FusedLinear(nn.Module):
             with torch.autocast(y.device.type, enabled=False):
                 return self._add_adapters(x, y, inplace)
         terms = self._terms(y.dtype, y.device)
-        dtype = arithmetic.working_dtype(y.dtype, y.device)
+        dtype = working_dtype(y.dtype, y.device)
         record = self._recorder is not None
         if terms is None:
-            fused = arithmetic.fuse_sum(y, x, self._packed.sum(dtype, y.device), inplace)
+            fused = fuse_sum(y, x, self._packed.sum(dtype, y.device), inplace)
             means = None
         else:
             plan = self._packed.gated(dtype, y.device)
-            fused, means = arithmetic.fuse_gated(y, x, plan, terms, record, inplace)
+            fused, means = fuse_gated(y, x, plan, terms, record, inplace)
         if record:
             self._record(means)
         return fused

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autolora.fusion.matching import attached_layers
+from autolora.fusion.match import attached_layers
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from typing import ClassVar
 from torch import nn
 
 from autolora.errors import FusionError
-from autolora.fusion.arithmetic import Factors
-from autolora.fusion.bank import GateBank
-from autolora.fusion.gate import Gate
+from autolora.fusion.gate import Gate, GateBank
 from autolora.fusion.linear import FusedLinear
+from autolora.fusion.packed import Factors
 
 
 class Strategy:

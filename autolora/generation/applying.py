@@ -88,7 +88,7 @@ class Attachments:
                 then.
         """
         from autolora.fusion import set_strengths
-        from autolora.fusion.matching import check_strengths
+        from autolora.fusion.match import check_strengths
 
         check_strengths(list(self.strengths), strengths)
         changed = [
@@ -108,7 +108,7 @@ class Attachments:
             FusionError: It is not attached.
         """
         from autolora.fusion import remove
-        from autolora.fusion.matching import check_attached
+        from autolora.fusion.match import check_attached
 
         check_attached(list(self.strengths), name)
         rest = [entry for entry in self.chosen if entry.lora.name != name]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autolora.fusion.prefetch import ready_beside
+from autolora.fusion.attach import ready_beside
 from autolora.generation.denoise import (
     Texts,
     Timings,

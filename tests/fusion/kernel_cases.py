@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autolora.fusion import Gate
-from autolora.fusion.kernels import gated, plain
-from autolora.fusion.plans import (
+from autolora.fusion.kernels import dispatch, plain
+from autolora.fusion.packed import (
     Capacity,
     empty_gated_plan,
     fill_gated_plan,
@@ -67,7 +67,7 @@ class Layer:
         plan = make_gated_plan(prepared, self.strengths, 16)
         terms = gate.terms(torch.float32, self.device)
         assert terms is not None
-        return gated.fuse(y, F.linear(x, plan.down), plan.ups, terms, record)
+        return dispatch.fuse(y, F.linear(x, plan.down), plan.ups, terms, record)
 
     def on_device(self) -> tuple[Tensor, Tensor]:
         return self.y.to(self.device), self.x.to(self.device)
@@ -155,7 +155,7 @@ def unused_places() -> float:
 
     Everything is compared that the launches return, for a ``h`` whose rows lie apart.
     """
-    from autolora.fusion.kernels import triton_launch
+    from autolora.fusion.kernels import triton
 
     layer = Layer(SMALL[1], torch.float32)
     prepared = [prepare_factors(a, b, torch.float32, layer.device) for a, b in layer.factors]
@@ -167,8 +167,8 @@ def unused_places() -> float:
     for plan in (full, roomy):
         rows, hidden = plan.down.shape[0], F.linear(layer.x, plan.down)
         apart = torch.full((hidden.shape[0], rows + 5), 1e9)[:, :rows].copy_(hidden)
-        fused, means = triton_launch.forward(layer.y, apart, plan.ups, terms, record=True)
-        gradients = triton_launch.backward(layer.grad, layer.y, apart, plan.ups, terms, True)
+        fused, means = triton.forward(layer.y, apart, plan.ups, terms, record=True)
+        gradients = triton.backward(layer.grad, layer.y, apart, plan.ups, terms, True)
         used = full.down.shape[0]
         results.append([fused, means[:2], gradients.y, gradients.h[:, :used], gradients.terms])
         results[-1] += [gradients.centred[:used], gradients.mean[:used]]
@@ -187,17 +187,17 @@ def equal_channels() -> float:
     terms = gate.terms(torch.float32, CPU)
     h = 100 * torch.randn(5, 8, generator=generator) @ plan.down.float().T
     y = torch.randn(5, 40, generator=generator).half()
-    fused, _ = gated._forward(y, h.half(), plan.ups, terms, False, False)
+    fused, _ = dispatch._forward(y, h.half(), plan.ups, terms, False, False)
     return float((fused - plain.forward(y, h.half(), plan.ups, terms)[0]).abs().max())
 
 
 def interpreted() -> dict[str, Any]:
     """Every small case through the interpreted Triton kernels."""
-    from autolora.fusion.kernels import triton_launch
+    from autolora.fusion.kernels import triton
 
     torch.use_deterministic_algorithms(True)  # which also fills new memory with NaN
-    gated._forward = triton_launch.forward  # type: ignore[assignment]
-    gated._backward = triton_launch.backward
+    dispatch._forward = triton.forward  # type: ignore[assignment]
+    dispatch._backward = triton.backward
     results: dict[str, Any] = {}
     for name, number in FORWARD:
         results[f"forward {name} {number}"] = forward_errors(SMALL[number], DTYPES[name])

@@ -11,7 +11,7 @@ from torch import nn
 
 from autolora.fusion import FusedLinear, Gate
 from autolora.fusion.kernels import plain
-from autolora.fusion.plans import make_gated_plan, make_sum_plan, prepare_factors
+from autolora.fusion.packed import make_gated_plan, make_sum_plan, prepare_factors
 from tests.fusion.reference import (
     double,
     double_factors,

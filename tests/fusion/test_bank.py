@@ -122,7 +122,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("autolora.fusion.bank.save_file", fail)
+    monkeypatch.setattr("autolora.fusion.gate.save_file", fail)
     with pytest.raises(FusionError, match="disk full"):
         save_gates(make_bank(), path)
     assert path.read_bytes() == b"old"

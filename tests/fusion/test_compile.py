@@ -149,7 +149,7 @@ def test_the_operators_pass_torchs_own_checks():
         vectors[0], vectors[1], terms.coef_weight, terms.coef_bias, vectors[2],
         ups.block, terms.eps_base, terms.eps_lora,
     )  # fmt: skip
-    from autolora.fusion.kernels.gated import _fuse_op
+    from autolora.fusion.kernels.dispatch import _fuse_op
 
     for record in (False, True):
         torch.library.opcheck(
@@ -237,7 +237,7 @@ def test_a_capacity_is_positive(numbers):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @torch.no_grad()
 def test_a_captured_graph_follows_an_exchange():
-    from autolora.fusion.graphs import capture
+    from autolora.fusion.attach import capture
 
     model = Model(Capacity(adapters=3, rank=16)).cuda().to(torch.bfloat16)
     model.exchange([4], [1.0], 0)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from autolora.errors import FusionError
-from autolora.fusion import FusedLinear, Gate, derived
-from autolora.fusion.plans import prepare_factors
+from autolora.fusion import FusedLinear, Gate, packed
+from autolora.fusion.packed import prepare_factors
 from tests.fusion.reference import (
     gated_sum,
     plain_sum,
@@ -86,7 +86,7 @@ def test_an_exchange_prepares_only_what_is_new(monkeypatch):
         prepared.append(a)
         return prepare_factors(a, *args)
 
-    monkeypatch.setattr(derived, "prepare_factors", counted)
+    monkeypatch.setattr(packed, "prepare_factors", counted)
     fused = FusedLinear(base, factors[:2], gate)
     fused(x)
     assert [id(a) for a in prepared] == [id(a) for a, _ in factors[:2]]

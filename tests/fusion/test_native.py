@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from autolora.fusion import Capacity, FusedLinear, Gate, record_gates
-from autolora.fusion.kernels import gated, native, plain
-from autolora.fusion.plans import make_gated_plan, make_sum_plan, prepare_factors
+from autolora.fusion.kernels import dispatch, native, plain
+from autolora.fusion.packed import make_gated_plan, make_sum_plan, prepare_factors
 from tests.fusion.reference import (
     double_factors,
     gated_sum,
@@ -39,7 +39,7 @@ def laid_out(down, ups, terms):
 
 @needs_compiler
 def test_where_there_is_a_compiler_there_is_a_kernel():
-    assert native.available() and gated.kernel_name(CPU) == "native"
+    assert native.available() and dispatch.kernel_name(CPU) == "native"
 
 
 def layer(ranks, tokens, out, dtype=torch.float32, block=1, strengths=None):
@@ -112,7 +112,7 @@ def test_without_a_compiler_the_plain_form_serves(monkeypatch):
         monkeypatch.setattr(native, "_tried", False)
         monkeypatch.setenv("CC", "no-such-compiler")
         assert not native.available()
-        assert gated.kernel_name(CPU) == "plain"
+        assert dispatch.kernel_name(CPU) == "plain"
         torch.testing.assert_close(fused(x), usual, rtol=1e-5, atol=1e-5)
         monkeypatch.setattr(native, "_tried", False)
         monkeypatch.setenv("AUTOLORA_NATIVE", "0")
@@ -126,8 +126,8 @@ def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, tmp_path
     right = native._SOURCE.read_text(encoding="utf-8")
     wrong = right.replace("-1.44269504f", "-1.5f")
     assert wrong != right
-    (tmp_path / "gated.c").write_text(wrong, encoding="utf-8")
-    monkeypatch.setattr(native, "_SOURCE", tmp_path / "gated.c")
+    (tmp_path / "dispatch.c").write_text(wrong, encoding="utf-8")
+    monkeypatch.setattr(native, "_SOURCE", tmp_path / "dispatch.c")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native._load() is None
     assert list((tmp_path / "autolora").glob("gated-*.so"))

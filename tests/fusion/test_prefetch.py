@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from autolora.errors import FusionError
-from autolora.fusion.graphs import capture
+from autolora.fusion.attach import capture, ready_beside
 from autolora.fusion.linear import FusedLinear
-from autolora.fusion.prefetch import ready_beside
 
 CPU = torch.device("cpu")
 

@@ -17,14 +17,14 @@ from autolora.fusion import (
     attach,
     attached_layers,
     attached_names,
-    derived,
     detach,
+    packed,
     remove,
     set_strengths,
     switch,
 )
+from autolora.fusion.attach import make_ready
 from autolora.fusion.merge import merge_, merge_of
-from autolora.fusion.switching import make_ready
 from tests.fusion.reference import (
     FakeAdapter,
     TinyModel,
@@ -289,20 +289,20 @@ def test_nothing_grows(model):
 def test_what_is_derived_of_factors_is_kept_while_they_live():
     a, b = torch.randn(3, 8), torch.randn(6, 3)
     cpu = torch.device("cpu")
-    before = len(derived._KEPT)
-    first = derived.derived_factors(a, b, torch.float32, cpu)
-    assert derived.derived_factors(a, b, torch.float32, cpu) is first
-    assert derived.derived_factors(a.clone(), b, torch.float32, cpu) is not first
-    again = derived.derived_factors(a, b, torch.float32, cpu)
+    before = len(packed._KEPT)
+    first = packed.derived_factors(a, b, torch.float32, cpu)
+    assert packed.derived_factors(a, b, torch.float32, cpu) is first
+    assert packed.derived_factors(a.clone(), b, torch.float32, cpu) is not first
+    again = packed.derived_factors(a, b, torch.float32, cpu)
     assert again is not first and torch.equal(again.centred, first.centred)
     b.mul_(2)
-    doubled = derived.derived_factors(a, b, torch.float32, cpu)
+    doubled = packed.derived_factors(a, b, torch.float32, cpu)
     torch.testing.assert_close(doubled.covariance, 4 * first.covariance)
-    assert derived.derived_factors(a, b, torch.bfloat16, cpu).down.dtype == torch.bfloat16
-    assert len(derived._KEPT) == before + 1
+    assert packed.derived_factors(a, b, torch.bfloat16, cpu).down.dtype == torch.bfloat16
+    assert len(packed._KEPT) == before + 1
     del a, b
     gc.collect()
-    assert len(derived._KEPT) == before
+    assert len(packed._KEPT) == before
 
 
 def test_ready_layers_give_the_same_output(model):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from autolora.fusion.gate import GateTerms
 from autolora.fusion.kernels import plain
-from autolora.fusion.plans import (
+from autolora.fusion.packed import (
     GatedPlan,
     SumPlan,
     UpProjections,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autolora.fusion.gate import GateTerms
-from autolora.fusion.plans import UpProjections
+from autolora.fusion.packed import UpProjections
 
 # Elements of one temporary, chunk x out. On a CPU the handful that is alive at a time should stay
 # in the cache, but short chunks cost calls; on a GPU memory is the only reason to cut.

@@ -7,8 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from autolora.cli_options import FOUND_PROBLEMS, AsJson, Model, examples
-from autolora.cli_view import IndexBar, console, make_table, print_json, print_notes
+from autolora.cli.output import (
+    FOUND_PROBLEMS,
+    AsJson,
+    IndexBar,
+    Model,
+    console,
+    examples,
+    make_table,
+    print_json,
+    print_notes,
+)
 from autolora.errors import AutoLoRAError, ConfigError, shown
 
 DOCTOR_EXAMPLES = examples(

@@ -11,10 +11,10 @@ import pytest
 import typer.main
 
 from autolora.cli import app, main
-from autolora.cli_options import STRATEGIES
-from tests.shell import run
+from autolora.cli.output import STRATEGIES
+from tests.cli.shell import run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def command_paths() -> list[tuple[str, ...]]:

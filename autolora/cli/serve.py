@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from autolora.cli_options import Model, PoolFolder, examples, open_pipeline
+from autolora.cli.output import Model, PoolFolder, examples, open_pipeline
 from autolora.errors import ConfigError
 
 EXAMPLES = examples(

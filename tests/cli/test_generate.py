@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from autolora.cli_jobs import MAX_COUNT, read_seeds
+from autolora.cli.generate import MAX_COUNT, read_seeds
 from autolora.errors import GenerationError
 from autolora.generation.report import read_report
-from tests.shell import pictures, run
+from tests.cli.shell import pictures, run
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_picture_of_a_batch_may_be_drawn_alone(home: Path, capsys) -> None:
 
 
 def test_pictures_are_saved_one_by_one(home: Path, capsys, monkeypatch) -> None:
-    from autolora.cli_view import PicturesView
+    from autolora.cli.output import PicturesView
 
     steps = iter(range(100))
 

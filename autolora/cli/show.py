@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autolora.cli_options import AsJson, examples
-from autolora.cli_view import console, make_table, print_json, print_notes
+from autolora.cli.output import AsJson, console, examples, make_table, print_json, print_notes
 from autolora.errors import GenerationError, shown
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autolora.fusion.gate import GateTerms
 from autolora.fusion.kernels import native, plain
-from autolora.fusion.plans import UpProjections
+from autolora.fusion.packed import UpProjections
 
 
 def fuse(
@@ -79,19 +79,19 @@ def _backward(
 
 def _triton() -> Any:
     """Return the module of the Triton kernels, or None where Triton is not installed."""
-    global _TRITON_LAUNCH
-    if _TRITON_LAUNCH is _UNKNOWN:
+    global _TRITON
+    if _TRITON is _UNKNOWN:
         try:
-            from autolora.fusion.kernels import triton_launch
+            from autolora.fusion.kernels import triton
 
-            _TRITON_LAUNCH = triton_launch
+            _TRITON = triton
         except ImportError:
-            _TRITON_LAUNCH = None
-    return _TRITON_LAUNCH
+            _TRITON = None
+    return _TRITON
 
 
 _UNKNOWN = object()
-_TRITON_LAUNCH: Any = _UNKNOWN
+_TRITON: Any = _UNKNOWN
 
 
 def _vectors(terms: GateTerms) -> tuple[Tensor, ...]:

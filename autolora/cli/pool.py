@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autolora.adapters.scan import PoolEntry
-from autolora.cli_options import (
+from autolora.cli.output import (
     FOUND_PROBLEMS,
     AsJson,
+    IndexBar,
     Model,
     PoolFolder,
     complete_loras,
+    console,
     examples,
+    make_table,
+    print_json,
+    print_notes,
 )
-from autolora.cli_view import IndexBar, console, make_table, print_json, print_notes
 from autolora.errors import PoolError, shown
 
 if TYPE_CHECKING:

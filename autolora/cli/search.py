@@ -6,8 +6,17 @@ from typing import Annotated
 
 import typer
 
-from autolora.cli_options import AsJson, Model, PoolFolder, examples, open_pipeline
-from autolora.cli_view import IndexBar, print_json, print_notes, show_hits
+from autolora.cli.output import (
+    AsJson,
+    IndexBar,
+    Model,
+    PoolFolder,
+    examples,
+    open_pipeline,
+    print_json,
+    print_notes,
+    show_hits,
+)
 
 SEARCH_EXAMPLES = examples(
     'autolora search "something that glows"',

@@ -18,10 +18,9 @@ from typing import Annotated
 import typer
 
 import autolora
-from autolora import cli_doctor, cli_generate, cli_search, cli_serve, cli_show
-from autolora.cli_options import FOUND_PROBLEMS, INTERRUPTED, WRONG_INPUT, examples
-from autolora.cli_pool import pool_app
-from autolora.cli_view import fail
+from autolora.cli import generate, search, serve, setup, show
+from autolora.cli.output import FOUND_PROBLEMS, INTERRUPTED, WRONG_INPUT, examples, fail
+from autolora.cli.pool import pool_app
 from autolora.errors import AutoLoRAError
 
 app = typer.Typer(
@@ -39,22 +38,22 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes would take the columns that examples need
 )
 # In the order of the help, which has groups last: pictures, finding LoRAs, setting up.
-app.command("generate", epilog=cli_generate.EXAMPLES)(cli_generate.generate)
-app.command("show", epilog=cli_show.EXAMPLES)(cli_show.show)
-app.command("serve", epilog=cli_serve.EXAMPLES)(cli_serve.serve)
-app.command("search", epilog=cli_search.SEARCH_EXAMPLES)(cli_search.search)
+app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("show", epilog=show.EXAMPLES)(show.show)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command("search", epilog=search.SEARCH_EXAMPLES)(search.search)
 app.add_typer(pool_app, name="pool")
-app.command("index", epilog=cli_search.INDEX_EXAMPLES)(cli_search.index)
+app.command("index", epilog=search.INDEX_EXAMPLES)(search.index)
 app.command(
     "doctor",
-    epilog=cli_doctor.DOCTOR_EXAMPLES,
+    epilog=setup.DOCTOR_EXAMPLES,
     short_help="Say what is installed, what is missing, and what fits.",
-)(cli_doctor.doctor)
+)(setup.doctor)
 app.command(
     "init",
-    epilog=cli_doctor.INIT_EXAMPLES,
+    epilog=setup.INIT_EXAMPLES,
     short_help="Write a configuration for your model and your LoRAs.",
-)(cli_doctor.init)
+)(setup.init)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

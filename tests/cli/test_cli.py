@@ -9,7 +9,7 @@ from PIL import Image
 
 from autolora.cli import main
 from autolora.generation.report import read_report
-from tests.shell import pictures, run
+from tests.cli.shell import pictures, run
 
 
 def test_generate_prints_the_path_and_shows_the_table(home: Path, capsys) -> None:
@@ -203,7 +203,7 @@ def test_a_pool_of_bad_files_only_still_draws(home: Path, capsys) -> None:
 
 
 def test_an_interrupt_leaves_no_half_file(home: Path, capsys, monkeypatch) -> None:
-    from autolora.cli_view import PicturesView
+    from autolora.cli.output import PicturesView
 
     def interrupt(self, done: int, total: int) -> None:
         raise KeyboardInterrupt

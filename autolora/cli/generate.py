@@ -1,0 +1,618 @@
+"""``autolora generate``: pictures for a prompt, for lines of stdin, or again from a picture.
+
+Pictures of the command ``generate``: checked, drawn, saved one by one.
+
+``autolora generate --stdin``: a prompt or a JSON object per line, a JSON object per picture.
+
+Lines are read, drawn and answered one by one, so that another program can talk to it. What is wrong
+in one line is said in the answer to that line; the others go on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autolora.cli.output import (
+    FOUND_PROBLEMS,
+    AsJson,
+    IndexBar,
+    Model,
+    PicturesView,
+    PoolFolder,
+    complete_loras,
+    complete_strategies,
+    examples,
+    open_pipeline,
+    print_json,
+    print_notes,
+)
+from autolora.errors import AutoLoRAError, ConfigError, GenerationError, shown
+
+if TYPE_CHECKING:
+    from autolora.generation.report import Output, Report
+    from autolora.pipeline import AutoLoRAPipeline
+
+MAX_COUNT = 10_000
+"""Most pictures of one command."""
+MAX_RANDOM_SEED = 2**32 - 1
+"""Largest seed that is drawn at random, as other programs take no larger ones."""
+_RANGE = re.compile(r"([0-9]{1,19})(?:-|\.\.)([0-9]{1,19})")
+_CHECKED = ("steps", "size", "guidance", "top_k", "negative_prompt")
+
+
+@dataclass
+class Job:
+    """Pictures to draw that differ in their seeds only.
+
+    Attributes:
+        prompt: Their prompt.
+        seeds: Their seeds, each once.
+        out: What ``--out`` says.
+        options: More for the call of the pipeline.
+        batch: How many to draw at once.
+        name: What files are named after, where it is not the prompt.
+        recorded: Report of the picture that is repeated: one with its seed gets its facts.
+        notes: What differs from that picture.
+    """
+
+    prompt: str
+    seeds: Sequence[int]
+    out: str | None
+    options: dict[str, Any]
+    batch: int = 1
+    name: str | None = None
+    recorded: Report | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether the pool is searched."""
+        return bool(self.options.get("retrieve", True))
+
+    def target(self, seed: int) -> Path:
+        """The file to write; another name is taken where that is there."""
+        return picture_name(self.out, self.name or self.prompt, seed, len(self.seeds) > 1)
+
+    def drawn_seeds(self) -> tuple[list[int], int]:
+        """Seeds to draw and how many at once; a batch is repeated as a whole to the byte."""
+        if self.recorded is not None and list(self.seeds) == [self.recorded.seed]:
+            seeds = self.recorded.batch or [self.recorded.seed]
+            return seeds, len(seeds)
+        return list(self.seeds), self.batch
+
+    def check(self, pipe: AutoLoRAPipeline) -> None:
+        """Find what is wrong before anything slow begins.
+
+        Raises:
+            AutoLoRAError: Something that was asked for is not possible.
+        """
+        from autolora.generation.png import check_folder
+        from autolora.generation.request import check_batch, make_request
+
+        check_batch(self.batch)
+        options = {name: self.options[name] for name in _CHECKED if name in self.options}
+        for seed in self.seeds:
+            request = make_request(pipe.config, self.prompt, seed=seed, **options)
+            check_folder(self.target(seed))
+        for entry in (*self.options.get("loras", ()), *request.tags):
+            pipe.pool.entry(entry.name)
+
+
+def draw(
+    pipe: AutoLoRAPipeline,
+    job: Job,
+    quiet: bool,
+    saved: Callable[[dict[str, Any]], None],
+) -> None:
+    """Make pictures; each is saved, its path printed, and its facts told as soon as it is there.
+
+    Args:
+        pipe: The pipeline.
+        job: The pictures.
+        quiet: Whether to print nothing but the bar.
+        saved: Told the facts of each picture with its ``path``.
+    """
+    from autolora.generation.repeat import restore_facts
+
+    seeds, batch = job.drawn_seeds()
+    with PicturesView(quiet=quiet) as view:
+
+        def save(output: Output) -> None:
+            report = output.report
+            if report.seed not in job.seeds:
+                return  # drawn only because it was in the batch of a repeated picture
+            if job.recorded is not None and report.seed == job.recorded.seed:
+                output.report = restore_facts(report, job.recorded, job.notes)
+            path = output.save(job.target(report.seed), overwrite=False)
+            view.saved(path, report.notes)
+            saved({"path": str(path), **output.report.to_dict()})
+
+        pipe.generate_many(
+            job.prompt,
+            seeds,
+            batch=batch,
+            planned=view.planned,
+            progress=view.step,
+            drawn=save,
+            **job.options,
+        )
+
+
+def recorded_job(
+    picture: Path,
+    model: str | None,
+    pool: Path | None,
+    prompt: str | None,
+    changes: Mapping[str, Any],
+    seeds: Sequence[int],
+    batch: int | None,
+    out: str | None,
+    force: bool,
+) -> tuple[AutoLoRAPipeline, Job]:
+    """Make a job that repeats a picture, exactly or with changes.
+
+    Args:
+        picture: A PNG file of ours.
+        model: Base model; None is the one that the picture names.
+        pool: Folder of LoRAs in place of the model's.
+        prompt: Another prompt.
+        changes: Other options for the call of the pipeline.
+        seeds: Other seeds; empty for the picture's own.
+        batch: How many to draw at once; None is as the picture was drawn.
+        out: What ``--out`` says.
+        force: Whether to go on although files differ.
+
+    Returns:
+        The pipeline and the job.
+
+    Raises:
+        AutoLoRAError: The picture cannot be repeated here.
+    """
+    from autolora.generation.prompts import merge_asked, parse_prompt
+    from autolora.generation.repeat import check, load_report, repeat_options
+
+    report = load_report(picture)
+    try:
+        pipe = open_pipeline(model or report.model, pool)
+    except ConfigError as error:
+        if model is not None:
+            raise
+        raise GenerationError(
+            f"{shown(picture)} was made with base model {shown(report.model)!r}, which is not "
+            "known by that name here; name its configuration by --model."
+        ) from error
+    notes = check(report, pipe, force)
+    print_notes(notes)
+    options = {**repeat_options(report), **changes}
+    asked = (*changes.get("loras", ()), *(parse_prompt(prompt).loras if prompt else ()))
+    options["loras"] = merge_asked(repeat_options(report)["loras"], asked)
+    if prompt is not None and "use_triggers" not in changes:
+        options["use_triggers"] = True
+    numbers = list(seeds) or [report.seed]
+    exact = not changes and prompt is None and batch is None
+    # One of several seeds is drawn alone, which is no repetition of a picture from a batch.
+    exact = exact and (not report.batch or numbers == [report.seed])
+    return pipe, Job(
+        prompt=report.used_prompt if prompt is None else prompt,
+        seeds=numbers,
+        out=out,
+        options=options,
+        batch=1 if batch is None else batch,
+        name=report.prompt if prompt is None else None,
+        recorded=report if exact else None,
+        notes=notes,
+    )
+
+
+def read_seeds(texts: Iterable[str], count: int | None) -> list[int]:
+    """Read the seeds of a command line.
+
+    Args:
+        texts: Numbers, ranges such as ``3-6`` or ``3..6``, ``random`` or -1; each seed is drawn
+            once.
+        count: How many pictures; the seeds count up from the only one given.
+
+    Returns:
+        The seeds in the order asked for; empty where nothing was asked for.
+
+    Raises:
+        GenerationError: A seed is not understood, or it is far too many.
+    """
+    seeds = list(dict.fromkeys(seed for text in texts for seed in _read_seed(text)))
+    if count is not None:
+        if not 1 <= count <= MAX_COUNT:
+            raise GenerationError(f"Count must be between 1 and {MAX_COUNT}, not {count}.")
+        if len(seeds) > 1:
+            raise GenerationError("Count goes with one seed, from which the others count up.")
+        start = seeds[0] if seeds else 0
+        seeds = list(range(start, start + count))
+    if len(seeds) > MAX_COUNT:
+        raise GenerationError(f"{len(seeds)} seeds are too many; at most {MAX_COUNT} are drawn.")
+    return seeds
+
+
+def _read_seed(text: str) -> Sequence[int]:
+    if text.strip() in ("random", "-1"):
+        return [secrets.randbelow(MAX_RANDOM_SEED + 1)]
+    if match := _RANGE.fullmatch(text.strip()):
+        low, high = map(int, match.groups())
+        if not 0 <= high - low < MAX_COUNT:
+            raise GenerationError(
+                f"Seed range {shown(text, 60)} must go up and have at most {MAX_COUNT} seeds."
+            )
+        return range(low, high + 1)
+    if not re.fullmatch(r"\s*-?[0-9]{1,30}\s*", text):
+        raise GenerationError(
+            f"Seed must be a whole number, a range such as 3-6, or random, not {shown(text, 60)!r}."
+        )
+    return [int(text)]
+
+
+def picture_name(out: str | None, prompt: str, seed: int, many: bool) -> Path:
+    """File to write: ``--out``, with the seed where there are several, or named by the prompt.
+
+    Raises:
+        GenerationError: The name cannot be a picture's.
+    """
+    from autolora.generation.png import check_png_name
+    from autolora.generation.prompts import slug
+
+    default = f"{slug(prompt)}-{seed}.png"
+    if out is None:
+        return Path(default)
+    path = Path(out).expanduser()
+    if out.endswith("/") or os.path.isdir(path):
+        return path / default
+    if not path.suffix:
+        raise GenerationError(f"{shown(out)} must end in .png, or in / for a folder.")
+    check_png_name(path)
+    return path.with_name(f"{path.stem}-{seed}{path.suffix}") if many else path
+
+
+EXAMPLES = examples(
+    'autolora generate "a neon elephant on a blue background"',
+    'autolora generate "a dragon <lora:sepia:0.7>" --seed 3-6 --out pictures/',
+    'autolora generate "a cat" --count 8 --batch 4 --size 128x96',
+    'autolora generate "a red teapot" --lora blueprint:0.8 --no-retrieval',
+    "autolora generate --from-png teapot.png",
+    "autolora generate --from-png teapot.png --seed 9 --steps 30",
+    "autolora generate --stdin --out pictures/ < prompts.txt > results.ndjson",
+)
+
+Prompt = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PROMPT",
+        help="What the picture shall show; <lora:NAME:0.8> in it takes a LoRA as asked. "
+        "- reads it from stdin.",
+        show_default=False,
+    ),
+]
+Asked = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="NAME[:0.8]",
+        help="Take this LoRA, at this strength; repeatable.",
+        autocompletion=complete_loras,
+        show_default=False,
+    ),
+]
+NoRetrieval = Annotated[bool, typer.Option("--no-retrieval", help="Take only what is asked for.")]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", "-k", metavar="N", help="Most LoRAs in all.", show_default=False),
+]
+StrategyName = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        metavar="NAME",
+        help="How LoRAs are fused.",
+        autocompletion=complete_strategies,
+        show_default=False,
+    ),
+]
+TextEncoders = Annotated[
+    bool | None,
+    typer.Option(
+        "--text-encoders/--no-text-encoders",
+        help="Apply the text encoder parts of LoRAs too.",
+        show_default=False,
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", help="Denoising steps.", show_default=False)
+]
+Seeds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--seed",
+        "-s",
+        metavar="N",
+        help="Seed, range such as 3-6, or random; repeatable. 0 without it.",
+        show_default=False,
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        "--count",
+        "-n",
+        metavar="N",
+        help="So many pictures, seeds counting up.",
+        show_default=False,
+    ),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch",
+        "-b",
+        metavar="N",
+        help="Draw so many pictures at once: faster; last bits may differ from one at a time.",
+        show_default=False,
+    ),
+]
+Size = Annotated[
+    str | None, typer.Option(metavar="WIDTHxHEIGHT", help="In pixels.", show_default=False)
+]
+Guidance = Annotated[
+    float | None, typer.Option(metavar="SCALE", help="Guidance scale.", show_default=False)
+]
+Negative = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="What the picture shall not show.", show_default=False),
+]
+NoTriggers = Annotated[
+    bool, typer.Option("--no-triggers", help="Do not add trigger words to the prompt.")
+]
+FromPng = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-png",
+        metavar="FILE",
+        help="Repeat this picture; other options change what they name.",
+        show_default=False,
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Repeat a picture although model or LoRA files changed.")
+]
+Stdin = Annotated[
+    bool,
+    typer.Option(
+        "--stdin", help="Read a prompt or a JSON object per line; write a JSON object per picture."
+    ),
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        "--out", "-o", metavar="FILE", help="PNG file, or folder ending in /.", show_default=False
+    ),
+]
+
+
+def generate(
+    context: typer.Context,
+    prompt: Prompt = None,
+    model: Model = "tiny",
+    pool: PoolFolder = None,
+    lora: Asked = None,
+    no_retrieval: NoRetrieval = False,
+    top_k: TopK = None,
+    strategy: StrategyName = None,
+    text_encoders: TextEncoders = None,
+    steps: Steps = None,
+    seed: Seeds = None,
+    count: Count = None,
+    batch: Batch = None,
+    size: Size = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    no_triggers: NoTriggers = False,
+    from_png: FromPng = None,
+    force: Force = False,
+    stdin: Stdin = False,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw pictures for a prompt, or repeat one."""
+    from autolora.generation.prompts import parse_lora
+    from autolora.generation.request import parse_size
+
+    given: dict[str, Any] = {
+        "size": None if size is None else parse_size(size),
+        "steps": steps,
+        "guidance": guidance,
+        "top_k": top_k,
+        "negative_prompt": negative,
+        "loras": [parse_lora(entry) for entry in lora or []] or None,
+        "retrieve": False if no_retrieval else None,
+        "strategy": strategy,
+        "use_triggers": False if no_triggers else None,
+        "text_encoders": text_encoders,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    seeds = read_seeds(seed or [], count)
+    at_once = 1 if batch is None else batch
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no UTF-8 are said to be so later, in one line of many perhaps.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    text = sys.stdin.read() if prompt == "-" and not stdin else prompt
+    if stdin:
+        if prompt is not None or from_png is not None:
+            raise GenerationError("With --stdin the prompts come from stdin; leave out the other.")
+        failed = run_batch(open_pipeline(model, pool), sys.stdin, options, seeds, at_once, out)
+        if failed:
+            raise typer.Exit(FOUND_PROBLEMS)
+        return
+    if from_png is not None:
+        named = context.get_parameter_source("model")
+        chosen = None if named is None or named.name.startswith("DEFAULT") else model
+        pipe, job = recorded_job(from_png, chosen, pool, text, options, seeds, batch, out, force)
+    else:
+        if text is None:
+            raise GenerationError("Missing argument PROMPT; say what the picture shall show.")
+        pipe = open_pipeline(model, pool)
+        job = Job(text, seeds or [0], out, options, at_once)
+    job.check(pipe)
+    if job.retrieves:
+        with IndexBar() as bar:
+            pipe.open_index(bar.update)
+    facts: list[dict[str, Any]] = []
+    draw(pipe, job, as_json, facts.append)
+    if as_json:
+        print_json({"pictures": facts})
+
+
+KEYS: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "seed": (int, str),
+    "count": (int,),
+    "batch": (int,),
+    "steps": (int,),
+    "size": (str,),
+    "guidance": (Real,),
+    "negative": (str,),
+    "loras": (list,),
+    "top_k": (int,),
+    "strategy": (str,),
+    "retrieve": (bool,),
+    "triggers": (bool,),
+    "text_encoders": (bool,),
+    "out": (str,),
+}
+"""What a line's JSON object may say, as the options of the command do."""
+_RENAMED = {"negative": "negative_prompt", "triggers": "use_triggers"}
+_NOT_PASSED_ON = ("prompt", "seed", "count", "batch", "out")
+
+
+def run_batch(
+    pipe: AutoLoRAPipeline,
+    lines: Iterable[str],
+    options: Mapping[str, Any],
+    seeds: Sequence[int],
+    batch: int,
+    out: str | None,
+) -> int:
+    """Draw what lines ask for and print a JSON object per picture or failed line.
+
+    Args:
+        pipe: The pipeline.
+        lines: Prompts or JSON objects; empty lines are passed over.
+        options: For the call of the pipeline; a line's own win.
+        seeds: Of lines that name none.
+        batch: How many pictures of a line to draw at once, for lines that say nothing.
+        out: What ``--out`` says, for lines that say nothing.
+
+    Returns:
+        How many lines failed.
+    """
+    failed = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            job = read_line(line, options, seeds, batch, out)
+            job.check(pipe)
+            if job.retrieves:
+                with IndexBar() as bar:
+                    pipe.open_index(bar.update)
+            draw(pipe, job, True, partial(_answer, number))
+        except AutoLoRAError as error:
+            failed += 1
+            _answer(number, {"error": str(error)})
+    return failed
+
+
+def read_line(
+    line: str, options: Mapping[str, Any], seeds: Sequence[int], batch: int, out: str | None
+) -> Job:
+    """Read one line.
+
+    Args:
+        line: A prompt, or a JSON object with keys of `KEYS`.
+        options: For the call of the pipeline; the line's own win.
+        seeds: Where the line names none.
+        batch: Where the line says nothing, like `out`.
+        out: A file or folder.
+
+    Returns:
+        The line's pictures.
+
+    Raises:
+        GenerationError: Something in the line is wrong.
+    """
+    text = line.removeprefix("\ufeff").strip()
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise GenerationError("The line is not valid UTF-8.")
+    wishes: dict[str, Any] = _read_object(text) if text.startswith("{") else {"prompt": text}
+    prompt = wishes["prompt"]
+    named = [str(wishes["seed"])] if "seed" in wishes else []
+    numbers = read_seeds(named, wishes.get("count")) or seeds or [0]
+    merged = {**options, **_call_options(wishes)}
+    return Job(prompt, numbers, wishes.get("out", out), merged, wishes.get("batch", batch))
+
+
+def _read_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GenerationError(f"The line is not valid JSON: {shown(error)}.") from error
+    for key, value in found.items():
+        if key not in KEYS:
+            close = get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(KEYS)}."
+            raise GenerationError(f"Unknown key {shown(key, 60)!r}; {hint}")
+        wrong_bool = isinstance(value, bool) and bool not in KEYS[key]
+        if wrong_bool or not isinstance(value, KEYS[key]):
+            kinds = " or ".join(_WORDS[kind] for kind in KEYS[key])
+            raise GenerationError(f"{key} must be {kinds}, not {shown(json.dumps(value), 60)}.")
+    if "prompt" not in found:
+        raise GenerationError("The line's object has no prompt.")
+    return dict(found)
+
+
+_WORDS = {
+    str: "text",
+    int: "a whole number",
+    Real: "a number",
+    bool: "true or false",
+    list: "a list",
+}
+
+
+def _call_options(wishes: Mapping[str, Any]) -> dict[str, Any]:
+    from autolora.generation.prompts import parse_lora
+    from autolora.generation.request import parse_size
+
+    options = {
+        _RENAMED.get(key, key): value for key, value in wishes.items() if key not in _NOT_PASSED_ON
+    }
+    if "size" in options:
+        options["size"] = parse_size(options["size"])
+    if "loras" in options:
+        if not all(isinstance(entry, str) for entry in options["loras"]):
+            raise GenerationError('loras must be a list of texts such as "neon:0.8".')
+        options["loras"] = [parse_lora(entry) for entry in options["loras"]]
+    return options
+
+
+def _answer(number: int, facts: Mapping[str, Any]) -> None:
+    answer = {"line": number, **facts}
+    print(json.dumps(answer, ensure_ascii=False, default=str), flush=True)
