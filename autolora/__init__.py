@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autolora.adapters import LoRA, Pool
     from autolora.errors import (
         AutoLoRAError,
         ConfigError,
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
         PoolError,
         RetrievalError,
     )
+    from autolora.lora import LoRA, Pool
     from autolora.pipeline import AutoLoRAPipeline
 
 __version__ = "0.1.0"
@@ -37,8 +37,8 @@ __all__ = [
 
 _HOME = {
     "AutoLoRAPipeline": "autolora.pipeline",
-    "LoRA": "autolora.adapters",
-    "Pool": "autolora.adapters",
+    "LoRA": "autolora.lora",
+    "Pool": "autolora.lora",
 }
 
 

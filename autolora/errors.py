@@ -4,6 +4,8 @@ Each message is one clear sentence: what is wrong, where, and what to do. The sh
 sentence alone and exits with status 2, so a message must be able to stand without a traceback.
 """
 
+import unicodedata
+
 
 class AutoLoRAError(Exception):
     """Base of all errors that a user's input can cause."""
@@ -51,3 +53,25 @@ def shown(text: object, limit: int = 160) -> str:
         return escaped
     half = (limit - 3) // 2
     return f"{escaped[:half]}...{escaped[-half:]}"
+
+
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(line: str) -> str:
+    """Drop what a terminal would obey or no UTF-8 file can hold.
+
+    Args:
+        line: Text without line breaks.
+
+    Returns:
+        The text without control characters, lone surrogates and marks that override the writing
+        direction; tabs become blanks.
+    """
+    if line.isprintable():
+        return line
+    return "".join(
+        char
+        for char in line.replace("\t", " ")
+        if unicodedata.category(char) not in ("Cc", "Cs") and char not in _DIRECTIONS
+    )

@@ -8,23 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.adapters import Pool
 from autolora.flux.config import PipelineConfig, load_config
 from autolora.flux.layers import linear_layers
-from autolora.generation.applying import Attachments
-from autolora.generation.identity import shipped_gate
-from autolora.generation.planner import Planner
-from autolora.generation.planning import Plan
-from autolora.generation.prompts import AskedLoRA, parse_prompt
-from autolora.generation.report import Output, Report
-from autolora.generation.request import check_batch, make_request
-from autolora.generation.searching import IndexState, PoolSearch
-from autolora.generation.selecting import Chosen, keep_fitting
+from autolora.generate.active_adapters import Attachments, Chosen
+from autolora.generate.plan import Plan, Planner, keep_fitting
+from autolora.generate.report import Output, Report
+from autolora.generate.reproduce import shipped_gate
+from autolora.generate.search import IndexState, PoolSearch
+from autolora.lora import Pool
+from autolora.request import AskedLoRA, check_batch, make_request, parse_prompt
 
 if TYPE_CHECKING:
-    from autolora.adapters import LoRA
     from autolora.fusion import AttachReport, GateBank
-    from autolora.generation.denoise import Preview
+    from autolora.generate.sample import Preview
+    from autolora.lora import LoRA
     from autolora.retrieval import Hit
 
 Progress = Callable[[int, int], None]
@@ -360,8 +357,7 @@ class AutoLoRAPipeline:
         batch: int = 1,
         drawn: Callable[[Output], None] | None = None,
     ) -> list[Output]:
-        from autolora.generation.denoise import Watch
-        from autolora.generation.making import make_pictures
+        from autolora.generate.sample import Watch, make_pictures
 
         report = plan.report
         acting = self._attachments.in_force(

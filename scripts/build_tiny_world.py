@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from autolora.adapters import LoRA
 from autolora.errors import AutoLoRAError
 from autolora.flux.loading import load_config
 from autolora.flux.tiny.text import shared_minilm
 from autolora.flux.tiny.weights import SHIPPED, load_tiny, save_tiny
+from autolora.lora import LoRA
 from train.tiny_world.autoencoder import train_autoencoder
 from train.tiny_world.base import train_base
 from train.tiny_world.data import TextTable, Views, render_views

@@ -49,7 +49,7 @@ def reports(page: Any, url: str) -> list[dict[str, Any]]:
 
 def picture_report(address: str) -> dict[str, Any]:
     """The report inside a picture."""
-    from autolora.generation.report import read_report
+    from autolora.generate.report import read_report
 
     with urllib.request.urlopen(address) as answer, tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "picture.png"

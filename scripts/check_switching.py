@@ -66,8 +66,8 @@ def autolora(folder: Path, steps: int) -> tuple[Switch, Draw]:
 def rival(name: str, folder: Path, steps: int) -> tuple[Switch, Draw]:
     """DiffSynth or PEFT beside the same model and the same sampler."""
     from autolora.flux.loading import load_config, load_pipeline
-    from autolora.generation.denoise import denoise
-    from autolora.generation.request import make_request
+    from autolora.generate.sample import denoise
+    from autolora.request import make_request
     from scripts.switching.programs import DiffSynth, PeftHotswap
 
     config = load_config("tiny")

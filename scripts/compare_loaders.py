@@ -2,7 +2,7 @@
 
     python scripts/compare_loaders.py [--only TEXT] [--out docs/formats.md]
 
-Files of every format come from an independent writer (``tests/adapters/truth``) that knows the
+Files of every format come from an independent writer (``tests/lora/truth``) that knows the
 dense weight change in float64. Each loader gets the same file through its public entrance, in
 float32, and its change of every layer is compared with the truth. Files have width 64 and two
 blocks of each kind. Where diffusers' converter has the sizes of FLUX.1 written into its code, two
@@ -35,7 +35,7 @@ from torch import Tensor
 from scripts.compare.files import Entry, entries
 from scripts.compare.loaders import Loader, NeverEnds, at_most, loaders, quiet
 from scripts.compare.outcome import Outcome, measured
-from tests.adapters.truth import TruthFile
+from tests.lora.truth import TruthFile
 
 PATIENCE = 60.0  # seconds of processor time for one file; the longest needs some ten
 BEGIN, END = "<!-- compare_loaders: begin -->", "<!-- compare_loaders: end -->"

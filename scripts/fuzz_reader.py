@@ -83,11 +83,11 @@ class Tally:
 
 def try_file(path: Path, content: bytes, number: int, tally: Tally) -> None:
     """Write a file, load it, and judge what happens."""
-    from autolora.adapters import LoRA
-    from autolora.adapters.covers import embedded_covers
-    from autolora.adapters.reader import read_header
-    from autolora.adapters.sidecars import parse_header
     from autolora.errors import LoRAFormatError
+    from autolora.lora import LoRA
+    from autolora.lora.covers import embedded_covers
+    from autolora.lora.metadata import parse_header
+    from autolora.safetensors_io import read_header
 
     path.write_bytes(content)
     tally.executions += 1
@@ -125,7 +125,7 @@ def compute(lora: Any, thorough: bool = False) -> None:
     """
     import torch
 
-    from autolora.adapters.fingerprint import Fingerprint
+    from autolora.lora.check import Fingerprint
 
     def base(layer: str) -> Any:
         out, inner = lora.shape(layer)
@@ -204,7 +204,7 @@ def work(args: argparse.Namespace, first: int, current: Any, results: Any) -> No
     """A process: tries every ``args.processes``-th chunk, and sends a tally for each."""
     import torch
 
-    from autolora.adapters import LoRA  # noqa: F401
+    from autolora.lora import LoRA  # noqa: F401
 
     torch.set_num_threads(1)
     used = peak_megabytes()
@@ -261,7 +261,7 @@ def keep_one(args: argparse.Namespace) -> None:
     content = Mutator(args.seed, real_key_lists(KEY_LISTS)).make(args.only)
     args.keep.write_bytes(content)
     print(f"File {args.only} is in {args.keep}: {content[:400]!r}")
-    from autolora.adapters import LoRA
+    from autolora.lora import LoRA
 
     lora = LoRA.load(args.keep)
     json.dumps(lora.report.to_dict())

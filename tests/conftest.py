@@ -65,7 +65,7 @@ def random_factors(shapes, seed, rank=SHAPES_RANK, scale=0.5):
 @pytest.fixture(scope="session")
 def make_pool(tiny_shapes):
     """A function that writes a pool: an elephant, a neon style, a rocket without metadata."""
-    from autolora.adapters import save_lora
+    from autolora.lora import save_lora
 
     def write(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

@@ -173,9 +173,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reader(place: Path, tiny_shapes, one_base_model, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Be in that folder, with the home folder there, too."""
-    from autolora.adapters import save_lora
     from autolora.flux import config, template
     from autolora.fusion import strategies
+    from autolora.lora import save_lora
 
     downloads = place / "Downloads"
     downloads.mkdir(exist_ok=True)
@@ -368,7 +368,7 @@ def test_every_public_name_is_in_the_reference() -> None:
         for page in pages
         for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    for package in ("autolora", "autolora.adapters", "autolora.fusion", "autolora.retrieval"):
+    for package in ("autolora", "autolora.lora", "autolora.fusion", "autolora.retrieval"):
         module = importlib.import_module(package)
         for name in module.__all__:
             value = getattr(module, name)

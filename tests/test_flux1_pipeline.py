@@ -17,10 +17,10 @@ from tests.flux import real_format
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Published files, a pool of three LoRAs in three formats, and a configuration."""
-    from autolora.adapters import save_lora
     from autolora.flux.checkpoints import locate_part
     from autolora.flux.config import PipelineConfig
     from autolora.flux.inspecting import flux_sizes
+    from autolora.lora import save_lora
 
     root = tmp_path_factory.mktemp("flux1")
     files = real_format.write(root / "files")
@@ -106,7 +106,7 @@ def test_portraits_can_be_taken(pipe) -> None:
 
 
 def test_a_lora_of_another_size_is_refused_by_name(folder: Path, pipe) -> None:
-    from autolora.adapters import save_lora
+    from autolora.lora import save_lora
 
     factors = random_factors({"blocks.0.attn.a_to_qkv": (384, 128)}, 4)
     path = folder / "other.safetensors"

@@ -70,10 +70,10 @@ def test_a_batch_says_so_and_differs_by_rounding_only(pipe) -> None:
 
 
 def test_the_time_of_a_batch_is_shared_by_its_pictures(pipe, monkeypatch) -> None:
-    from autolora.generation import making
+    from autolora.generate import sample
 
-    take_steps = making.denoise_latents
-    monkeypatch.setattr(making, "denoise_latents", lambda *given: (take_steps(*given)[0], 12.0))
+    take_steps = sample.denoise_latents
+    monkeypatch.setattr(sample, "denoise_latents", lambda *given: (take_steps(*given)[0], 12.0))
     outputs = pipe.generate_many("a rocket", [1, 2, 3], batch=2, retrieve=False)
     assert [out.report.timings["denoise"] for out in outputs] == [6.0, 6.0, 12.0]
 

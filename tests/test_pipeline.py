@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from autolora import AutoLoRAPipeline, LoRA
-from autolora.adapters import save_lora
 from autolora.errors import (
     AutoLoRAError,
     FusionError,
@@ -18,8 +17,9 @@ from autolora.errors import (
 )
 from autolora.flux.config import PipelineConfig
 from autolora.fusion import Gate, GateBank, attached_layers, save_gates
-from autolora.generation.report import read_report
-from autolora.generation.request import MAX_SEED
+from autolora.generate.report import read_report
+from autolora.lora import save_lora
+from autolora.request import MAX_SEED
 from tests.conftest import random_factors
 
 

@@ -5,15 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autolora.errors import GenerationError
-from autolora.generation.prompts import (
+from autolora.request import (
     AskedLoRA,
     add_triggers,
     merge_asked,
     parse_lora,
     parse_prompt,
+    parse_size,
     slug,
 )
-from autolora.generation.request import parse_size
 
 
 @pytest.mark.parametrize(

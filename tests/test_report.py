@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from autolora.errors import GenerationError
-from autolora.generation.report import Output, Report, UsedAdapter, read_report
+from autolora.generate.report import Output, Report, UsedAdapter, read_report
 
 
 def make_output(**changes) -> Output:

@@ -25,9 +25,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from autolora.adapters import LoRA, Pool
 from autolora.errors import AutoLoRAError, ConfigError
 from autolora.fusion import GateBank, attached, save_gates
+from autolora.lora import LoRA, Pool
 from train.config import read_config
 from train.flow import add_noise, plain_attention, predict_velocity, sample_sigmas
 from train.lora import encode_text, guidance_input, load_for_training, load_picture

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from autolora.adapters import save_lora
 from autolora.errors import AutoLoRAError, ConfigError
+from autolora.lora import save_lora
 from train.lora_trainer import LoRAData, LoRATrainConfig, MultiLoRATrainer
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")

@@ -43,7 +43,7 @@ from autolora.cli.output import (
 from autolora.errors import AutoLoRAError, ConfigError, GenerationError, shown
 
 if TYPE_CHECKING:
-    from autolora.generation.report import Output, Report
+    from autolora.generate.report import Output, Report
     from autolora.pipeline import AutoLoRAPipeline
 
 MAX_COUNT = 10_000
@@ -100,8 +100,8 @@ class Job:
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
-        from autolora.generation.png import check_folder
-        from autolora.generation.request import check_batch, make_request
+        from autolora.generate.png import check_folder
+        from autolora.request import check_batch, make_request
 
         check_batch(self.batch)
         options = {name: self.options[name] for name in _CHECKED if name in self.options}
@@ -126,7 +126,7 @@ def draw(
         quiet: Whether to print nothing but the bar.
         saved: Told the facts of each picture with its ``path``.
     """
-    from autolora.generation.repeat import restore_facts
+    from autolora.generate.reproduce import restore_facts
 
     seeds, batch = job.drawn_seeds()
     with PicturesView(quiet=quiet) as view:
@@ -182,8 +182,8 @@ def recorded_job(
     Raises:
         AutoLoRAError: The picture cannot be repeated here.
     """
-    from autolora.generation.prompts import merge_asked, parse_prompt
-    from autolora.generation.repeat import check, load_report, repeat_options
+    from autolora.generate.reproduce import check, load_report, repeat_options
+    from autolora.request import merge_asked, parse_prompt
 
     report = load_report(picture)
     try:
@@ -268,8 +268,8 @@ def picture_name(out: str | None, prompt: str, seed: int, many: bool) -> Path:
     Raises:
         GenerationError: The name cannot be a picture's.
     """
-    from autolora.generation.png import check_png_name
-    from autolora.generation.prompts import slug
+    from autolora.generate.png import check_png_name
+    from autolora.request import slug
 
     default = f"{slug(prompt)}-{seed}.png"
     if out is None:
@@ -432,8 +432,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Draw pictures for a prompt, or repeat one."""
-    from autolora.generation.prompts import parse_lora
-    from autolora.generation.request import parse_size
+    from autolora.request import parse_lora, parse_size
 
     given: dict[str, Any] = {
         "size": None if size is None else parse_size(size),
@@ -598,8 +597,7 @@ _WORDS = {
 
 
 def _call_options(wishes: Mapping[str, Any]) -> dict[str, Any]:
-    from autolora.generation.prompts import parse_lora
-    from autolora.generation.request import parse_size
+    from autolora.request import parse_lora, parse_size
 
     options = {
         _RENAMED.get(key, key): value for key, value in wishes.items() if key not in _NOT_PASSED_ON

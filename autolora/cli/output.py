@@ -24,7 +24,7 @@ from rich.text import Text
 from autolora.errors import AutoLoRAError, shown
 
 if TYPE_CHECKING:
-    from autolora.generation.report import Report
+    from autolora.generate.report import Report
     from autolora.pipeline import AutoLoRAPipeline
     from autolora.retrieval import Hit
 
@@ -263,8 +263,8 @@ def complete_strategies(incomplete: str) -> list[str]:
 
 
 def _lora_names(context: typer.Context) -> Iterator[str]:
-    from autolora.adapters import Pool
     from autolora.flux.config import load_config
+    from autolora.lora import Pool
 
     pool = context.params.get("pool")
     folder = Path(pool) if pool else load_config(context.params.get("model") or "tiny").pool

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autolora.adapters.scan import PoolEntry
 from autolora.cli.output import (
     FOUND_PROBLEMS,
     AsJson,
@@ -24,11 +23,11 @@ from autolora.cli.output import (
     print_notes,
 )
 from autolora.errors import PoolError, shown
+from autolora.lora.pool import PoolEntry
 
 if TYPE_CHECKING:
-    from autolora.adapters import LoadReport, Metadata, Pool
-    from autolora.adapters.checking import FileCheck
-    from autolora.adapters.duplicates import Twin
+    from autolora.lora import LoadReport, Metadata, Pool
+    from autolora.lora.check import FileCheck, Twin
 
 pool_app = typer.Typer(
     help="List, check, show and add LoRA files.",
@@ -101,7 +100,7 @@ def _known_entries(model: str, pool: Path | None) -> list[PoolEntry]:
 
 def _check_files(files: list[Path], pool: list[PoolEntry], deep: bool, as_json: bool) -> list[str]:
     """Check files that were named, print what is in each, and return the problems."""
-    from autolora.adapters.checking import check_entries
+    from autolora.lora.check import check_entries
 
     problems: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -121,7 +120,7 @@ def _check_files(files: list[Path], pool: list[PoolEntry], deep: bool, as_json: 
 
 def _check_pool(loras: Pool, deep: bool, as_json: bool) -> list[str]:
     """Check all files of a pool, print what was found, and return the problems."""
-    from autolora.adapters.checking import check_entries
+    from autolora.lora.check import check_entries
 
     found = _PoolCheck([(str(problem.path), problem.reason) for problem in loras.scan_problems])
     with IndexBar("check") as bar:
@@ -195,7 +194,7 @@ class _PoolCheck:
         }
 
     def _same(self) -> list[list[str]]:
-        from autolora.adapters.duplicates import group_twins
+        from autolora.lora.check import group_twins
 
         return group_twins(self._twins)
 
@@ -329,7 +328,7 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Check LoRA files and copy them into the pool with what belongs to them; all or none."""
-    from autolora.adapters.adding import add_files
+    from autolora.lora.add import add_files
 
     with IndexBar("compare") as bar:
         added = add_files(_folder(model, pool), files, name, force, allow_pickle, bar.update)
@@ -367,6 +366,6 @@ def _folder(model: str, pool: Path | None) -> Path:
 
 
 def _open(model: str, pool: Path | None) -> Pool:
-    from autolora.adapters import Pool
+    from autolora.lora import Pool
 
     return Pool(_folder(model, pool))

@@ -41,7 +41,7 @@ def search(
 
     A star marks what a picture would take.
     """
-    from autolora.generation.prompts import parse_prompt
+    from autolora.request import parse_prompt
 
     asked = {lora.name for lora in parse_prompt(prompt).loras}
     pipe = open_pipeline(model, pool)

@@ -12,7 +12,7 @@ from autolora.cli.output import AsJson, console, examples, make_table, print_jso
 from autolora.errors import GenerationError, shown
 
 if TYPE_CHECKING:
-    from autolora.generation.report import Report
+    from autolora.generate.report import Report
 
 EXAMPLES = examples(
     "autolora show teapot.png",
@@ -29,9 +29,14 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show what a picture says about how it was made."""
-    from autolora.generation import a1111, comfy
-    from autolora.generation.png import read_texts
-    from autolora.generation.report import CHUNK, Report, read_report
+    from autolora.generate.png import WORKFLOW_CHUNK, read_texts, read_workflow
+    from autolora.generate.report import (
+        CHUNK,
+        PARAMETERS_CHUNK,
+        Report,
+        read_parameters,
+        read_report,
+    )
 
     texts = read_texts(file)
     if CHUNK in texts:
@@ -41,9 +46,9 @@ def show(
         else:
             _show_report(Report.from_dict(facts))
         return
-    nodes = comfy.read_workflow(texts.get(comfy.CHUNK, ""))
-    if a1111.CHUNK in texts:
-        found = a1111.read_parameters(texts[a1111.CHUNK])
+    nodes = read_workflow(texts.get(WORKFLOW_CHUNK, ""))
+    if PARAMETERS_CHUNK in texts:
+        found = read_parameters(texts[PARAMETERS_CHUNK])
         data: Any = vars(found)
         rows: _Rows = [("prompt", found.prompt), ("negative prompt", found.negative_prompt)]
         rows += found.settings.items()

@@ -26,7 +26,7 @@ from autolora.console.models import (
 from autolora.console.orders import Order, Selection, order_of_report
 from autolora.console.studio import Studio
 from autolora.errors import AutoLoRAError, GenerationError, PoolError, shown
-from autolora.generation.prompts import parse_prompt
+from autolora.request import parse_prompt
 
 NDJSON = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
@@ -185,7 +185,7 @@ def _png_body() -> dict[str, Any]:
 def _settings_of_png(data: bytes) -> dict[str, Any]:
     import tempfile
 
-    from autolora.generation.report import read_report
+    from autolora.generate.report import read_report
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"

@@ -79,7 +79,7 @@ def _add_browsing(router: APIRouter, studio: Studio) -> None:
 
 def _check(studio: Studio, deep: bool) -> Iterator[bytes]:
     """Check reports without the paths of this machine, and how far it is."""
-    from autolora.adapters.checking import check_entries
+    from autolora.lora.check import check_entries
 
     try:
         pool = studio.pipe.pool

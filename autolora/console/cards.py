@@ -17,10 +17,10 @@ from autolora.console.orders import Selection
 from autolora.console.styles import Style
 from autolora.errors import AutoLoRAError, PoolError
 from autolora.flux.config import top_k_problem
-from autolora.generation.prompts import ParsedPrompt, check_strength, parse_prompt
+from autolora.request import ParsedPrompt, check_strength, parse_prompt
 
 if TYPE_CHECKING:
-    from autolora.generation.searching import IndexState
+    from autolora.generate.search import IndexState
     from autolora.retrieval import Hit
 
 POOL_LOOK = 2.0

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.adapters.metadata import Metadata
 from autolora.errors import AutoLoRAError, LoRAFormatError, PoolError, shown
+from autolora.lora.metadata import Metadata
 
 if TYPE_CHECKING:
-    from autolora.adapters import Pool
-    from autolora.adapters.scan import PoolEntry
+    from autolora.lora import Pool
+    from autolora.lora.pool import PoolEntry
 
 PAGE = 60
 MAX_FACETS = 40
@@ -289,15 +289,15 @@ def _read(item: Item) -> Item:
 
 
 def _strength(metadata: Metadata) -> float:
-    from autolora.generation.selecting import recommended_strength
+    from autolora.lora.metadata import recommended_strength
 
     return recommended_strength(metadata)
 
 
 def _format(path: Path) -> tuple[str, str]:
     """Name the file format by the header alone, or say why the file cannot be used."""
-    from autolora.adapters.formats import match_keys
-    from autolora.adapters.reader import read_header
+    from autolora.lora.formats import match_keys
+    from autolora.safetensors_io import read_header
 
     try:
         keys = list(read_header(path).tensors)

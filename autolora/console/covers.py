@@ -114,7 +114,7 @@ def _digest(stamp: str) -> str:
 
 def _source(item: Item, number: int) -> bytes:
     """Bytes of a cover, from beside the file or from inside it."""
-    from autolora.adapters.covers import read_embedded_covers
+    from autolora.lora.covers import read_embedded_covers
 
     missing = PoolError(f"{shown(item.name)!r} has no cover number {number}.")
     if number < 0:

@@ -19,7 +19,7 @@ from autolora.console.pictures import Picture
 from autolora.console.studio import Look, Studio
 from autolora.errors import AutoLoRAError, GenerationError
 from autolora.flux.config import SIZE_MULTIPLE
-from autolora.generation.request import parse_size
+from autolora.request import parse_size
 
 LANGUAGE_COOKIE = "autolora_language"
 _SHAPES = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from autolora.errors import GenerationError, shown
-from autolora.generation.prompts import check_strength, parse_prompt
-from autolora.generation.request import MAX_SEED
+from autolora.request import MAX_SEED, check_strength, parse_prompt
 
 MAX_STEPS = 50
 MAX_PICTURES = 20

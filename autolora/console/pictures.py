@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.errors import GenerationError
-from autolora.generation.prompts import slug
+from autolora.request import slug
 
 if TYPE_CHECKING:
-    from autolora.generation.report import Output
+    from autolora.generate.report import Output
 
 MAX_KNOWN = 5000
 MAX_GATE_MAPS = 48

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.adapters import Pool
 from autolora.console.cards import Card, Plan, SearchDesk, make_plan
 from autolora.console.catalog import Catalog
 from autolora.console.covers import Covers
@@ -22,12 +21,13 @@ from autolora.console.pictures import Picture, PictureStore
 from autolora.console.styles import Style, Styles, shipped_styles
 from autolora.console.visits import Entry, Visits
 from autolora.errors import AutoLoRAError, GenerationError, PoolError
-from autolora.generation.request import make_request
+from autolora.lora import Pool
+from autolora.request import make_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from autolora.adapters.scan import PoolEntry
+    from autolora.lora.pool import PoolEntry
     from autolora.pipeline import AutoLoRAPipeline
 
 SYSTEM = "server"

@@ -24,7 +24,7 @@ import yaml
 
 from autolora.errors import ConfigError, GenerationError, shown
 from autolora.files import replacing
-from autolora.generation.prompts import check_strength
+from autolora.request import check_strength
 
 BASE = "base"
 MAX_FILE_BYTES = 64 << 10

@@ -77,7 +77,7 @@ def add_to_pool(file: Path, pool: Path) -> tuple[Path, tuple[str, ...]]:
         PoolError: A file of that name, or with the same content, is in the pool already, or it
             cannot be written.
     """
-    from autolora.adapters.adding import add_files
+    from autolora.lora.add import add_files
 
     try:
         added = add_files(pool, [file])[0]

@@ -322,7 +322,7 @@ def switch(
 
     The result is that of `attach`, to the bit. A layer whose adapters, factors (the same tensors)
     and strengths stay is not touched, nor is what it has computed from them; adapters that keep
-    their factors, as `autolora.adapters.PreparedLoRA` does, therefore make a switch cheap.
+    their factors, as `autolora.lora.PreparedLoRA` does, therefore make a switch cheap.
 
     Args:
         module: The model.

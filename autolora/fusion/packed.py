@@ -15,7 +15,7 @@ whatever its strength; `UpProjections` pack those of a layer's adapters one afte
 
 What the gate needs of an adapter's factors, kept for as long as the factors themselves live.
 
-An adapter that is detached and attached again, by way of `autolora.adapters.cache` for instance,
+An adapter that is detached and attached again, by way of `autolora.lora.pool` for instance,
 brings the same tensors along; what was computed of them then need not be computed again. Only what
 lives on the device of the factors is kept: copies on an accelerator of factors in the machine's
 memory would fill it up unseen.

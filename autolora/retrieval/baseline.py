@@ -23,7 +23,7 @@ from autolora.errors import RetrievalError
 from autolora.flux.layers import layer_sort_key, parse_layer
 
 if TYPE_CHECKING:
-    from autolora.adapters.lora import LoRA
+    from autolora.lora.lora import LoRA
 
 
 @dataclass

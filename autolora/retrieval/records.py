@@ -10,8 +10,8 @@ from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from autolora.adapters.metadata import Metadata
 from autolora.errors import RetrievalError, shown
+from autolora.lora.metadata import Metadata
 
 MAX_ROWS_PER_LORA = 24
 _CAPTION_LIMIT = 32

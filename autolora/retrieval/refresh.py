@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autolora.adapters.reader import file_sha256
 from autolora.errors import AutoLoRAError, RetrievalError, shown
 from autolora.retrieval.index import PoolIndex, Provenance, write_generation
 from autolora.retrieval.records import Record, TextRow, metadata_texts, sidecar_stamps
+from autolora.safetensors_io import file_sha256
 
 if TYPE_CHECKING:
-    from autolora.adapters.lora import LoRA
-    from autolora.adapters.pool import Pool, PoolEntry
+    from autolora.lora.lora import LoRA
+    from autolora.lora.pool import Pool, PoolEntry
     from autolora.retrieval.text import TextEncoder
 
 Encode = Callable[["LoRA"], "Tensor | None"]

@@ -29,7 +29,7 @@ from autolora.errors import RetrievalError
 from autolora.retrieval.features import LoRAInputs
 
 if TYPE_CHECKING:
-    from autolora.adapters.lora import LoRA
+    from autolora.lora.lora import LoRA
 
 _TINY = 1e-12
 _MEAN_SHARE = 0.5

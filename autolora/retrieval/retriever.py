@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autolora.adapters.reader import file_sha256
 from autolora.errors import RetrievalError, shown
 from autolora.files import replacing
 from autolora.retrieval.calibration import Calibration, explain_away, standard_scores
@@ -33,9 +32,10 @@ from autolora.retrieval.portraits import portrait_tokens
 from autolora.retrieval.responses import read_factors
 from autolora.retrieval.spec import Encoder, RetrieverSpec, encoder_from, spec_from
 from autolora.retrieval.tokens import weight_tokens
+from autolora.safetensors_io import file_sha256
 
 if TYPE_CHECKING:
-    from autolora.adapters.lora import LoRA
+    from autolora.lora.lora import LoRA
 
 FORMAT = "autolora-retriever-1"
 _HALF_FROM = 1 << 15

@@ -31,7 +31,7 @@ from torch import Tensor
 from autolora.errors import RetrievalError
 
 if TYPE_CHECKING:
-    from autolora.adapters.lora import LoRA
+    from autolora.lora.lora import LoRA
 
 _TINY = 1e-12
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.adapters.truth import CASES, FLUX, Case, Size, TruthFile
+from tests.lora.truth import CASES, FLUX, Case, Size, TruthFile
 
 NARROW = Size(width=64, double=2, single=2, channels=16, context=40, pooled=24, time=256)
 """Two blocks of each kind at width 64; the time embedding is diffusers' own."""

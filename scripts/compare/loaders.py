@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.adapters.truth import FLUX, Size, TruthFile
-from tests.adapters.truth.layers import (
+from tests.lora.truth import FLUX, Size, TruthFile
+from tests.lora.truth.layers import (
     CLIP_WIDTH,
     Module,
     canonical_shapes,
@@ -49,7 +49,7 @@ class Ours:
         self.name = "AutoLoRA"
 
     def load(self, path: Path, truth: TruthFile) -> Change:
-        from autolora.adapters import LoRA
+        from autolora.lora import LoRA
 
         lora = LoRA.load(path)
         encoders = {which: lora.text_encoder(which) for which in ("clip", "t5")}

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from autolora.adapters.cache import AdapterCache
 from autolora.fusion import detach, make_ready, switch
+from autolora.lora.pool import AdapterCache
 from scripts.switching.files import AdapterFiles
 
 Wanted = Sequence[tuple[AdapterFiles, float]]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from autolora.cli import main
-from autolora.generation.report import read_report
+from autolora.generate.report import read_report
 from tests.cli.shell import pictures, run
 
 
@@ -160,7 +160,7 @@ def test_bad_input_gives_one_sentence(home: Path, capsys, arguments, words) -> N
 
 def corrupt(home: Path, kind: str, tiny_shapes) -> None:
     """Put a file that cannot be used into the pool as ``bad``."""
-    from autolora.adapters import save_lora
+    from autolora.lora import save_lora
     from tests.conftest import random_factors
 
     path = home / "pool" / "bad.safetensors"

@@ -9,7 +9,7 @@ import pytest
 
 from autolora.cli.generate import MAX_COUNT, read_seeds
 from autolora.errors import GenerationError
-from autolora.generation.report import read_report
+from autolora.generate.report import read_report
 from tests.cli.shell import pictures, run
 
 
@@ -175,7 +175,7 @@ def test_show_prints_what_a_picture_says(home: Path, capsys) -> None:
 def test_pictures_of_comfyui_are_shown_and_not_repeated(home: Path, capsys) -> None:
     from PIL import Image
 
-    from autolora.generation.png import write_png
+    from autolora.generate.png import write_png
 
     workflow = {"3": {"class_type": "KSampler", "inputs": {"seed": 5, "model": ["1", 0]}}}
     write_png(Image.new("RGB", (8, 8)), {"prompt": json.dumps(workflow)}, home / "a.png")
@@ -190,7 +190,7 @@ def test_pictures_of_comfyui_are_shown_and_not_repeated(home: Path, capsys) -> N
 def test_show_reads_pictures_of_a1111(home: Path, capsys) -> None:
     from PIL import Image
 
-    from autolora.generation.png import write_png
+    from autolora.generate.png import write_png
 
     image = Image.new("RGB", (8, 8))
     text = "a cat [bold]\nNegative prompt: dogs\nSteps: 20, Sampler: Euler a, Seed: 5, Size: 8x8"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autolora.adapters import LoRA, save_lora
 from autolora.cli import main
-from tests.adapters.lora_files import make_file
+from autolora.lora import LoRA, save_lora
+from tests.lora.lora_files import make_file
 
 KEY = "lora_unet_double_blocks_0_img_attn_proj"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)

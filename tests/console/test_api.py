@@ -11,11 +11,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from autolora.adapters import save_lora
 from autolora.console.jobs import Task
 from autolora.console.uploads import check_upload_name
 from autolora.errors import PoolError
-from autolora.generation.report import read_report
+from autolora.generate.report import read_report
+from autolora.lora import save_lora
 from tests.conftest import random_factors
 
 

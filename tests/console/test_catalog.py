@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from autolora.adapters import Pool, save_lora
 from autolora.console.catalog import Catalog, Item
 from autolora.console.covers import Covers
 from autolora.errors import PoolError
+from autolora.lora import Pool, save_lora
 from tests.conftest import random_factors
 
 

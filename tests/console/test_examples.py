@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 from autolora.console.server import Access, make_app, open_socket
-from autolora.generation.report import read_report
+from autolora.generate.report import read_report
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

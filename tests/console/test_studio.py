@@ -17,7 +17,7 @@ from autolora.errors import (
     PoolError,
     RetrievalError,
 )
-from autolora.generation.report import read_report
+from autolora.generate.report import read_report
 from autolora.retrieval import Hit
 
 

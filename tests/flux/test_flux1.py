@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autolora.adapters import LoRA
 from autolora.errors import ConfigError
 from autolora.flux.config import PipelineConfig
 from autolora.flux.layers import linear_layers
 from autolora.flux.loading import load_pipeline
 from autolora.flux.settings import CheckpointSettings, MemorySettings
 from autolora.fusion import attached
+from autolora.lora import LoRA
 from tests.conftest import random_factors
 from tests.flux import real_format
 

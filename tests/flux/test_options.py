@@ -119,7 +119,7 @@ def test_packed_weights_are_not_moved_layer_by_layer() -> None:
 
 def test_previews_are_no_larger_than_is_reckoned_with() -> None:
     from autolora.flux.memory import PREVIEW_PIXELS
-    from autolora.generation.denoise import PIXELS_PER_LATENT, PREVIEW_SIDE
+    from autolora.generate.sample import PIXELS_PER_LATENT, PREVIEW_SIDE
 
     assert PREVIEW_SIDE * PIXELS_PER_LATENT == PREVIEW_PIXELS
 

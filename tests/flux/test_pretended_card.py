@@ -14,8 +14,8 @@ from autolora.flux.loading import load_pipeline
 from autolora.flux.memory import GIB, estimate, plan_memory
 from autolora.flux.settings import MemorySettings
 from autolora.flux.sizes import FLUX1_DEV
-from autolora.generation import denoise
-from autolora.generation.request import make_request
+from autolora.generate import sample
+from autolora.request import make_request
 from tests.flux import pretended, real_format
 
 OFFLOADS = ("none", "parts", "layers")
@@ -37,12 +37,12 @@ def draw(pipe, config: PipelineConfig, count: pretended.Count, watch=None) -> di
         sigmas=[1.0],
         step=lambda velocity, time, latents: latents - 0.5 * velocity,
     )
-    texts = denoise.read_texts(pipe, request, "a red rocket")
+    texts = sample.read_texts(pipe, request, "a red rocket")
     peaks["read"] = count.peak["cuda"]
     count.restart()
-    latents, _ = denoise.denoise_latents(pipe, request, texts, [0], watch)
+    latents, _ = sample.denoise_latents(pipe, request, texts, [0], watch)
     peaks["steps"] = count.peak["cuda"]
-    with denoise._onloaded(pipe, ("vae_decoder",)), torch.no_grad():
+    with sample._onloaded(pipe, ("vae_decoder",)), torch.no_grad():
         count.restart()
         picture = pipe.vae_decoder(latents, device=pipe.device, tiled=pipe.tiled)
         peaks["decode"] = count.peak["cuda"]
@@ -64,7 +64,7 @@ def test_idle_parts_wait_in_the_machines_memory(config, monkeypatch: pytest.Monk
         assert [places(part) for part in parts] == [{"cpu"}] * 4
         assert pipe.torch_dtype == torch.bfloat16
         seen = []
-        watch = denoise.Watch(progress=lambda *done: seen.append([places(p) for p in parts]))
+        watch = sample.Watch(progress=lambda *done: seen.append([places(p) for p in parts]))
         draw(pipe, config, count, watch)
         assert seen == [[{"cuda"}, {"cpu"}, {"cpu"}, {"cpu"}]] * 2
         assert [places(part) for part in parts] == [{"cpu"}] * 4, "all are back where they wait"
@@ -80,8 +80,8 @@ def test_layers_fill_the_card_up_to_the_limit(config, monkeypatch: pytest.Monkey
         for used in (3.0, 0.5):  # GiB
             free = int((24 - used) * GIB)
             monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d=None, f=free: (f, 24 * GIB))
-            watch = denoise.Watch(preview=lambda *shown: staying.append(places(pipe.dit)))
-            monkeypatch.setattr(denoise, "decode", lambda *a: None)
+            watch = sample.Watch(preview=lambda *shown: staying.append(places(pipe.dit)))
+            monkeypatch.setattr(sample, "decode", lambda *a: None)
             draw(pipe, config, count, watch)
             assert places(pipe.dit) == {"cpu"}
     assert staying == [{"cpu"}, {"cuda"}]

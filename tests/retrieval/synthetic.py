@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autolora.adapters import LoRA, save_lora
+from autolora.lora import LoRA, save_lora
 
 LAYERS = {  # (out, in)
     "blocks.0.attn.a_to_qkv": (72, 24),

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from autolora.adapters import LoRA
 from autolora.errors import RetrievalError
+from autolora.lora import LoRA
 from autolora.retrieval.baseline import PaperEncoder, paper_loss, project_text, stack_factors
 from autolora.retrieval.encoder import EncoderConfig, LoRAEncoder, TextHead
 from autolora.retrieval.features import FlatSpec, LoRAInputs

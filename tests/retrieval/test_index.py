@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from autolora.adapters import LoRA, Pool
 from autolora.errors import LoRAFormatError, RetrievalError
+from autolora.lora import LoRA, Pool
 from autolora.retrieval import index as index_module
 from autolora.retrieval.index import PoolIndex, Provenance, current_generation
 from autolora.retrieval.records import metadata_texts, readable
@@ -355,7 +355,7 @@ def test_readable_names(name: str, words: str) -> None:
 
 
 def test_metadata_texts_are_bounded() -> None:
-    from autolora.adapters import Metadata
+    from autolora.lora import Metadata
 
     metadata = Metadata(title="x_ray", tags=[f"t{i}" for i in range(99)], captions=["a\nb", " "])
     texts = metadata_texts(metadata)

@@ -1,6 +1,6 @@
 """What of a LoRA's metadata is searched, and how a change of it is seen."""
 
-from autolora.adapters import Metadata
+from autolora.lora import Metadata
 from autolora.retrieval.records import metadata_texts, sidecar_stamps
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from autolora.adapters import LoRA
 from autolora.errors import RetrievalError
+from autolora.lora import LoRA
 from autolora.retrieval.features import LoRAInputs
 from autolora.retrieval.responses import (
     ResponseEncoder,

@@ -98,7 +98,7 @@ def test_a_linear_encoder_needs_all_of_its_inputs() -> None:
 def test_a_lora_for_other_layers_has_no_vector() -> None:
     retriever, _, _ = make()
     pair = (torch.ones(1, 3), torch.ones(3, 1))
-    from autolora.adapters import LoRA
+    from autolora.lora import LoRA
 
     assert retriever.encode(LoRA.from_factors("x", {"blocks.7.ff_a.0": pair})) is None
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from autolora.adapters import Pool, save_lora
 from autolora.errors import RetrievalError
+from autolora.lora import Pool, save_lora
 from autolora.retrieval import Hit, Searcher, choose
 from autolora.retrieval.calibration import fit_calibration, standard_scores
 from autolora.retrieval.clip import Logistic

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autolora.adapters import LoRA
 from autolora.errors import RetrievalError
+from autolora.lora import LoRA
 from autolora.retrieval.tokens import (
     TokenSpec,
     delta_norm,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from autolora.adapters import LoRA
 from autolora.errors import ConfigError
 from autolora.fusion import GateBank, attached
+from autolora.lora import LoRA
 from train.gate import (
     GateTrainConfig,
     Item,

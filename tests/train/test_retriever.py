@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from autolora.adapters import LoRA
 from autolora.errors import ConfigError
+from autolora.lora import LoRA
 from autolora.retrieval.retriever import Retriever
 from tests.retrieval.synthetic import (
     WordVectors,

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from autolora.adapters import LoRA, Metadata, Pool
 from autolora.errors import AutoLoRAError, ConfigError
 from autolora.flux.layers import layer_sort_key
+from autolora.lora import LoRA, Metadata, Pool
 from autolora.retrieval.concepts import stem, stems
 from autolora.retrieval.features import LoRAInputs
 from autolora.retrieval.portraits import PortraitSpec, portrait_tokens

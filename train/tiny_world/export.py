@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autolora.adapters import LoRA, save_lora
 from autolora.flux.tiny.pipeline import TinyFluxPipeline, assemble
 from autolora.fusion import attach, detach
+from autolora.lora import LoRA, save_lora
 from train.tiny_world.captions import caption, cover_captions, prompt
 from train.tiny_world.checkpoint import progress
 from train.tiny_world.loras import Job

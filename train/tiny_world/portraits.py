@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autolora.adapters import Pool
 from autolora.flux.config import PipelineConfig
 from autolora.flux.loading import load_pipeline
 from autolora.flux.portraits import Portraits
 from autolora.fusion import attached
+from autolora.lora import Pool
 from train.tiny_world.checkpoint import progress
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from autolora import AutoLoRAPipeline, Pool
-from autolora.adapters import save_lora
 from autolora.flux.loading import load_config
+from autolora.lora import save_lora
 from train.retrieval.config import RetrieverTrainConfig
 from train.retrieval.data import in_test
 from train.tiny_world.captions import prompt

@@ -1,0 +1,207 @@
+"""PNG files with text in them: written whole or not at all, read with care.
+
+Nothing here needs torch.
+
+The workflow that ComfyUI writes into pictures, read as far as people want to see it.
+
+It stands in the chunk ``prompt``: a JSON object of nodes by id, each with its ``class_type`` and
+its ``inputs``, which are plain values or links ``[node, output]``. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from autolora.errors import GenerationError, shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 1 << 26
+"""Largest picture that is opened for its text, far above what any base model draws."""
+
+
+def check_png_name(path: Path) -> Path:
+    """Make sure that a picture can have this name.
+
+    Raises:
+        GenerationError: It does not end in .png, or is a folder.
+    """
+    if path.suffix.lower() != ".png":
+        raise GenerationError(f"{shown(path)} must end in .png; pictures are saved as PNG.")
+    if os.path.isdir(path):
+        raise GenerationError(f"{shown(path)} is a folder; name a file in it.")
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that a file can be written, as far as that can be told before it is.
+
+    Args:
+        path: The file; folders on the way to it may be missing.
+
+    Raises:
+        GenerationError: The nearest folder that is there is none, or may not be written.
+    """
+    folder = path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not os.path.isdir(folder):
+        raise GenerationError(f"{shown(path)} cannot be written: {shown(folder)} is no folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise GenerationError(
+            f"{shown(path)} cannot be written: you may not write in {shown(folder)}."
+        )
+
+
+def encode_png(image: Image, texts: Mapping[str, str], file: BinaryIO) -> None:
+    """Write a picture as PNG with text chunks.
+
+    Args:
+        image: The picture.
+        texts: Text by chunk keyword; what Latin-1 lacks makes it a UTF-8 chunk (``iTXt``), and
+            what Unicode forbids, single surrogates, is written as ``?``.
+        file: Where to.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    for keyword, text in texts.items():
+        chunks.add_text(keyword, text.encode("utf-8", "replace").decode())
+    image.save(file, format="PNG", pnginfo=chunks)
+
+
+def write_png(image: Image, texts: Mapping[str, str], path: Path, overwrite: bool = True) -> Path:
+    """Write a picture to a file, which appears whole or not at all.
+
+    Args:
+        image: The picture.
+        texts: Text by chunk keyword.
+        path: The file; its folder is made where it is missing.
+        overwrite: Whether to replace a file that is there; otherwise the next free name
+            ``stem-2.png``, ``stem-3.png``, ... is taken.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        GenerationError: The name does not end in .png, or the file cannot be written.
+    """
+    target = check_png_name(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Made by open, unlike tempfile's, the file has the permissions that its owner's files have.
+        temporary = target.with_name(f".{secrets.token_hex(8)}.part")
+        try:
+            with open(temporary, "xb") as file:
+                encode_png(image, texts, file)
+            return _place(temporary, target, overwrite)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+    except OSError as error:
+        raise GenerationError(
+            f"{shown(target)} cannot be written: {shown(error.strerror or error)}."
+        ) from error
+
+
+def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the text chunks of a PNG file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Text by chunk keyword.
+
+    Raises:
+        GenerationError: The file cannot be read, is no PNG, or is damaged.
+    """
+    from PIL import Image, PngImagePlugin
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width}x{image.height} pixels")
+            assert isinstance(image, PngImagePlugin.PngImageFile)
+            # Decodes the pixels too, as text may stand behind them; a truncated file shows here.
+            return {str(key): str(text) for key, text in image.text.items()}
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise GenerationError(
+            f"{shown(path)} cannot be read as a PNG picture: "
+            f"{shown(getattr(error, 'strerror', None) or error)}."
+        ) from error
+
+
+def _place(temporary: Path, target: Path, overwrite: bool) -> Path:
+    """Give a finished file its name; a hard link never replaces what is there."""
+    if overwrite:
+        os.replace(temporary, target)
+        return target
+    for candidate in _free_names(target):
+        try:
+            os.link(temporary, candidate)
+            return candidate
+        except FileExistsError:
+            continue
+        except OSError:
+            # A file system without hard links.
+            if not candidate.exists():
+                os.replace(temporary, candidate)
+                return candidate
+    raise AssertionError("names do not run out")
+
+
+def _free_names(target: Path) -> Iterator[Path]:
+    yield target
+    number = 2
+    while True:
+        yield target.with_name(f"{target.stem}-{number}{target.suffix}")
+        number += 1
+
+
+WORKFLOW_CHUNK = "prompt"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a workflow.
+
+    Attributes:
+        kind: Its class, such as ``KSampler`` or ``LoraLoader``.
+        values: Its plain inputs by name; links to other nodes are left out.
+    """
+
+    kind: str
+    values: dict[str, str | int | float | bool]
+
+
+def read_workflow(text: str) -> list[Node]:
+    """Read the nodes of a workflow.
+
+    Args:
+        text: A picture's chunk ``prompt``.
+
+    Returns:
+        The nodes in their order; empty where the text is no workflow.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    nodes = []
+    for entry in found.values() if isinstance(found, dict) else ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("class_type"), str):
+            return []
+        inputs = entry.get("inputs")
+        inputs = inputs if isinstance(inputs, dict) else {}
+        values = {k: v for k, v in inputs.items() if isinstance(v, str | int | float)}
+        nodes.append(Node(entry["class_type"], values))
+    return nodes

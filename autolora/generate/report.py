@@ -1,0 +1,422 @@
+"""What a generation gives back: the picture, and the facts about how it was made.
+
+The facts travel with the picture, in two PNG text chunks: ``parameters``, as A1111 writes it, so
+that other programs can read prompt and LoRAs, and ``autolora``, the report as JSON, from which
+`autolora.generate.reproduce` makes the picture again. Nothing here needs torch.
+
+The text that A1111 and Forge write into pictures, and that many programs read.
+
+It is the prompt, a line ``Negative prompt: ...`` where there is one, and one line of settings
+``Steps: 20, Sampler: Euler, ...``. A value with a comma, colon or line break is a JSON string
+(A1111, ``modules/infotext_utils.py``). LoRAs stand twice: as ``<lora:name:strength>`` after the
+prompt, and with hashes in the setting ``Lora hashes``: 12 digits of the SHA-256 of a safetensors
+file's data, which stays the same when somebody edits its header, and which Civitai knows as AutoV3.
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autolora.errors import GenerationError, shown
+from autolora.generate.png import encode_png, read_texts, write_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PARAMETERS_CHUNK = "parameters"
+LORA_HASH_DIGITS = 12
+MODEL_HASH_DIGITS = 10
+
+_NEGATIVE = "Negative prompt:"
+# A1111's pattern with a bound on names, without which a long line takes its square in time.
+_SETTING = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_FEWEST_SETTINGS = 3  # with fewer, A1111 takes the last line for a part of the prompt
+_NOT_IN_NAMES = re.compile(r'[:,<>"\\\s]+')
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What such a text says.
+
+    Attributes:
+        prompt: The prompt with its tags.
+        negative_prompt: What the picture shall not show.
+        settings: The settings as text, by name.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+def write_parameters(report: Report) -> str:
+    """Write a report as A1111 writes generation parameters.
+
+    Args:
+        report: The facts of a picture.
+
+    Returns:
+        The text, in at least two lines.
+    """
+    tags = "".join(f" <lora:{_plain(lora.name)}:{lora.strength:g}>" for lora in report.adapters)
+    # A model with embedded guidance has the usual scale beside it, 1 where it is turned off.
+    embedded = report.true_cfg is not None
+    base = report.base
+    settings = {
+        "Steps": report.steps,
+        "Sampler": "Euler",
+        "Schedule type": "Simple",
+        "CFG scale": f"{report.true_cfg if embedded else report.guidance:g}",
+        "Distilled CFG Scale": f"{report.guidance:g}" if embedded else None,
+        "Seed": report.seed,
+        "Size": f"{report.width}x{report.height}",
+        "Model hash": None if base is None else base.checkpoint_sha256[:MODEL_HASH_DIGITS] or None,
+        "Model": report.model,
+        "RNG": "CPU",
+        "Lora hashes": _lora_hashes(report),
+        "Version": f"AutoLoRA {report.versions.get('autolora', '')}".strip(),
+    }
+    lines = [_guard(report.used_prompt) + tags]
+    if report.negative_prompt:
+        lines.append(f"{_NEGATIVE} {_guard(report.negative_prompt)}")
+    known = ((name, value) for name, value in settings.items() if value is not None)
+    lines.append(", ".join(f"{name}: {_quote(str(value))}" for name, value in known))
+    return "\n".join(lines)
+
+
+def read_parameters(text: str) -> Parameters:
+    """Read generation parameters as A1111 does, whoever wrote them.
+
+    Args:
+        text: A picture's ``parameters``.
+
+    Returns:
+        Prompts and settings; a text without settings is all prompt.
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = _SETTING.findall(last)
+    if len(pairs) < _FEWEST_SETTINGS:
+        lines, pairs = [*lines, last], []
+    parts: tuple[list[str], list[str]] = ([], [])
+    negative = False
+    for line in (line.strip() for line in lines):
+        negative = negative or line.startswith(_NEGATIVE)
+        parts[negative].append(line.removeprefix(_NEGATIVE).strip() if negative else line)
+    # Blank lines count between others only.
+    prompt, negative_prompt = ("\n".join(part).lstrip("\n") for part in parts)
+    return Parameters(prompt, negative_prompt, {name: _unquote(value) for name, value in pairs})
+
+
+def _lora_hashes(report: Report) -> str | None:
+    pairs = [
+        f"{_plain(lora.name)}: {lora.data_sha256[:LORA_HASH_DIGITS]}"
+        for lora in report.adapters
+        if lora.data_sha256
+    ]
+    return ", ".join(pairs) or None
+
+
+def _plain(name: str) -> str:
+    """Take out of a name what ends a tag or a pair; A1111 has no way to escape it."""
+    kept = "".join(char if char.isprintable() else " " for char in name)
+    return _NOT_IN_NAMES.sub(" ", kept).strip()
+
+
+def _guard(text: str) -> str:
+    """Keep a line of a prompt from being read as the beginning of the negative prompt."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "\n".join(re.sub(r"^(\s*Negative prompt):", r"\1 :", line) for line in lines)
+
+
+def _quote(value: str) -> str:
+    if not re.search(r"[,:\n]", value):
+        return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _unquote(value: str) -> str:
+    if len(value) < 2 or value[0] != '"' or value[-1] != '"':
+        return value
+    try:
+        return str(json.loads(value))
+    except ValueError:
+        return value
+
+
+CHUNK = "autolora"
+VERSION = 1
+"""Of the JSON in pictures; raised when an older program would misread it."""
+
+
+@dataclass
+class UsedAdapter:
+    """An adapter that took part in a picture.
+
+    Attributes:
+        name: Its name in the pool.
+        strength: Its strength.
+        why: Why it was taken.
+        score: Score of the search in [0, 1]; None where it was asked for by name.
+        sha256: Hash of its file.
+        layers: How many layers it changed.
+        triggers: Trigger words of it that were added to the prompt.
+        gate: Mean over layers, steps and channels of how far its gates were open, 1 as the plain
+            sum; None where it was not recorded.
+        channels: What each channel of the search gave, in [0, 1].
+        data_sha256: Hash of its file's tensor data alone, as A1111 and Civitai (AutoV3) know it.
+    """
+
+    name: str
+    strength: float
+    why: str
+    score: float | None = None
+    sha256: str = ""
+    layers: int = 0
+    triggers: list[str] = field(default_factory=list)
+    gate: float | None = None
+    channels: dict[str, float] = field(default_factory=dict)
+    data_sha256: str = ""
+
+
+@dataclass
+class BaseModel:
+    """What the base model's part of a picture hangs on.
+
+    Attributes:
+        kind: Family of the base model.
+        storage: What its linear layers are kept in.
+        compute: What they compute in.
+        device: Where it ran, such as ``cpu`` or the name of a card.
+        threads: Threads that torch computed with on a CPU; 0 elsewhere.
+        files: Fingerprints of its files, and of the gates', by part; see
+            `autolora.generate.reproduce`.
+    """
+
+    kind: str
+    storage: str
+    compute: str
+    device: str
+    threads: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def checkpoint_sha256(self) -> str:
+        """Hash of the transformer's file; empty where only parts of a large file were hashed."""
+        return self.files.get("transformer", "").partition("sha256:")[2]
+
+
+@dataclass
+class Report:
+    """Everything that is needed to understand a picture and to make it again.
+
+    Attributes:
+        prompt: The prompt as it was typed.
+        used_prompt: What the model read: without tags, with trigger words.
+        negative_prompt: What the picture shall not show.
+        model: Name of the base model's configuration.
+        strategy: How the adapters were fused.
+        seed: Seed of the noise.
+        steps: Denoising steps.
+        width: Pixels.
+        height: Pixels.
+        guidance: Guidance scale.
+        sigma_shift: Shift of the noise schedule; None is the default.
+        true_cfg: Scale of classifier-free guidance where `guidance` is embedded; None where
+            `guidance` itself is classifier-free.
+        text_encoders: Whether the adapters' text encoder parts were applied.
+        batch: Seeds of the pictures that were drawn at once, this one's among them, in order: its
+            last bits hang on them. Empty where it was drawn alone.
+        adapters: What took part, in order.
+        base: What the base model was.
+        notes: What a user should know, one sentence each, such as files that were left out.
+        timings: Seconds by part: ``retrieve``, ``load`` (of the base model, about 0 once it is
+            loaded), ``attach``, ``encode``, ``denoise``, ``decode``, and ``total``. Not in
+            pictures, so that the same request gives the same file.
+        versions: Of the programs involved.
+    """
+
+    prompt: str
+    used_prompt: str
+    negative_prompt: str
+    model: str
+    strategy: str
+    seed: int
+    steps: int
+    width: int
+    height: int
+    guidance: float
+    sigma_shift: float | None = None
+    true_cfg: float | None = None
+    text_encoders: bool = False
+    batch: list[int] = field(default_factory=list)
+    adapters: list[UsedAdapter] = field(default_factory=list)
+    base: BaseModel | None = None
+    notes: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read a report from plain data, such as `to_dict` gives.
+
+        Args:
+            data: The data; keys that are not known are passed over.
+
+        Raises:
+            GenerationError: A value is missing, or is not of the kind that it must be.
+        """
+        values = _values(cls, data)
+        values["adapters"] = [
+            UsedAdapter(**_values(UsedAdapter, entry)) for entry in values.get("adapters", [])
+        ]
+        base = values.get("base")
+        values["base"] = None if base is None else BaseModel(**_values(BaseModel, base))
+        return cls(**values)
+
+    def a1111(self) -> str:
+        """Return the report as A1111 writes generation parameters."""
+        return write_parameters(self)
+
+    def texts(self) -> dict[str, str]:
+        """Return the text chunks of a picture, by keyword."""
+        facts = {"version": VERSION, **self.to_dict()}
+        del facts["timings"]
+        return {PARAMETERS_CHUNK: self.a1111(), CHUNK: json.dumps(facts, ensure_ascii=True)}
+
+
+@dataclass
+class Output:
+    """A picture and how it came about.
+
+    Attributes:
+        image: The picture.
+        hits: What the search took, best first; without what was asked for by name.
+        prompt: What the model read.
+        report: All facts.
+        gates: Gates by adapter, layer and step (`autolora.fusion.record.GateMap`); None where no
+            gates took part.
+    """
+
+    image: Image
+    hits: list[Any]
+    prompt: str
+    report: Report
+    gates: Any = None
+
+    def png(self) -> bytes:
+        """Return the picture as a PNG file with its report inside."""
+        file = io.BytesIO()
+        encode_png(self.image, self.report.texts(), file)
+        return file.getvalue()
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> Path:
+        """Write the picture as PNG with its report inside.
+
+        The file appears whole or not at all.
+
+        Args:
+            path: The file; its folder is made where it is missing.
+            overwrite: Whether to replace a file that is there; otherwise the next free name
+                ``stem-2.png``, ``stem-3.png``, ... is taken.
+
+        Returns:
+            The file that was written.
+
+        Raises:
+            GenerationError: The name does not end in .png, or the file cannot be written.
+        """
+        return write_png(self.image, self.report.texts(), Path(path), overwrite)
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the report back from a picture.
+
+    Args:
+        path: A PNG file that `Output.save` wrote.
+
+    Returns:
+        The report as plain data; `Report.from_dict` takes it.
+
+    Raises:
+        GenerationError: The file cannot be read, has no report, or one of a newer program.
+    """
+    text = read_texts(path).get(CHUNK)
+    try:
+        report = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict):
+        raise GenerationError(f"{shown(path)} holds no report; it was not made by AutoLoRA.")
+    version = report.pop("version", VERSION)
+    if not isinstance(version, int) or version > VERSION:
+        raise GenerationError(
+            f"{shown(path)} holds a report of version {shown(version, 20)}, which a newer AutoLoRA "
+            "wrote; update this one to read it."
+        )
+    return report
+
+
+def _values(kind: type[Any], data: Any) -> dict[str, Any]:
+    """Check keys and types of plain data against a dataclass."""
+    if not isinstance(data, Mapping):
+        raise _damaged("it does not hold keys and values")
+    values = {}
+    for entry in fields(kind):
+        if entry.name in data:
+            value = data[entry.name]
+            if not _FITS[str(entry.type)](value):
+                raise _damaged(f"{entry.name} is {shown(repr(value), 60)}")
+            values[entry.name] = value
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise _damaged(f"{entry.name} is missing")
+    return values
+
+
+def _damaged(problem: str) -> GenerationError:
+    return GenerationError(f"The report is damaged: {problem}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_table(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and all(map(of, value.values()))
+
+
+_FITS: Mapping[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "int": _is_whole,
+    "bool": lambda value: isinstance(value, bool),
+    "float": _is_number,
+    "float | None": lambda value: value is None or _is_number(value),
+    "list[int]": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
+    "list[str]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "dict[str, str]": _is_table(_is_text),
+    "dict[str, float]": _is_table(_is_number),
+    # Checked entry by entry when they are made.
+    "list[UsedAdapter]": lambda value: isinstance(value, list),
+    "BaseModel | None": lambda value: value is None or isinstance(value, Mapping),
+}
+"""Checks by the type of a field."""

@@ -1,0 +1,236 @@
+"""The search index of a pool, built when first needed and kept up to date.
+
+Joins what the floors below must not know of each other: portraits come from the base model with an
+adapter attached (``flux`` and ``fusion``), and are handed to the retriever as tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autolora.flux.config import PipelineConfig
+from autolora.flux.layers import linear_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autolora.lora import LoRA, Pool
+    from autolora.retrieval import (
+        Hit,
+        Provenance,
+        RefreshReport,
+        Retriever,
+        Searcher,
+        TextEncoder,
+    )
+
+Progress = Callable[[int, int], None]
+"""Called with files done and files in all."""
+
+
+@dataclass
+class IndexState:
+    """An open index and what was last done to it."""
+
+    searcher: Searcher
+    report: RefreshReport
+    seen: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of LoRAs that can be found."""
+        return len(self.searcher.index)
+
+
+class PoolSearch:
+    """Searches a pool; the base model is asked for only where a file must be encoded."""
+
+    def __init__(self, config: PipelineConfig, pool: Pool, base: Callable[[], Any]) -> None:
+        """Remember where things are; nothing is loaded.
+
+        Args:
+            config: Says where index and encoder are and how portraits are taken.
+            pool: The pool.
+            base: Gives the DiffSynth pipeline.
+        """
+        self.config = config
+        self.pool = pool
+        self._base = base
+        self._state: IndexState | None = None
+        self._portraits: Any = None
+        self._shapes: dict[str, tuple[int, int]] | None = None
+
+    def search(self, prompt: str, k: int) -> list[Hit]:
+        """Rank the pool for a prompt, best first."""
+        return self.open().searcher.search(prompt, k)
+
+    def choose(self, prompt: str, k: int, taken: Collection[str] = ()) -> list[Hit]:
+        """Choose adapters that cover a prompt beside those that are taken anyway."""
+        from autolora.retrieval import choose
+
+        if k < 1:
+            return []
+        return choose(self.open().searcher, prompt, k, taken=taken)
+
+    def open(self, progress: Progress | None = None) -> IndexState:
+        """Return the index, brought up to date where files of the pool changed.
+
+        Raises:
+            PoolError: The pool is missing or empty.
+            RetrievalError: The encoder or the index folder cannot be used.
+        """
+        self.pool.refresh()
+        seen = tuple(self.pool.entries)
+        if self._state is None or self._state.seen != seen:
+            return self.refresh(progress=progress)
+        return self._state
+
+    def refresh(self, rebuild: bool = False, progress: Progress | None = None) -> IndexState:
+        """Bring the index up to date, also where only files beside the LoRAs changed.
+
+        Args:
+            rebuild: Encode every file again.
+            progress: Told of every file.
+
+        Returns:
+            The index and what was done.
+
+        Raises:
+            PoolError: The pool is missing or empty.
+            RetrievalError: The encoder or the index folder cannot be used.
+        """
+        from autolora.retrieval import Searcher, refresh_index
+
+        index, report = refresh_index(
+            self.config.index,
+            self.pool,
+            self._provenance(),
+            self._text_encoder,
+            self._encode,
+            rebuild=rebuild,
+            progress=progress,
+        )
+        searcher = Searcher(index, self._text_encoder, self._retriever)
+        self._state = IndexState(searcher, report, tuple(self.pool.entries))
+        return self._state
+
+    def portrait(self, lora: LoRA) -> Tensor:
+        """Take an adapter's portrait, ``[S, N, C, h, w]``; see `autolora.flux.portraits`."""
+        from autolora.flux.portraits import Portraits
+        from autolora.fusion import attached
+
+        pipe = self._base()
+        if self._portraits is None:
+            self._portraits = Portraits(pipe, self.config.portrait)
+            with attached(pipe.dit, []):
+                # The bare model's passes, whatever is attached at the moment.
+                self._portraits.base()
+        return self._portraits.take(attached(pipe.dit, [(lora, 1.0)], "sum"))
+
+    def _encode(self, lora: LoRA) -> Tensor | None:
+        """Return the adapter's vector; an adapter for another model is an error."""
+        retriever = self._retriever
+        if self._shapes is None:
+            self._shapes = self._base_shapes()
+        lora.check_fits(self._shapes)
+        if retriever is None:
+            return None
+        portrait = self.portrait(lora) if retriever.needs_portraits else None
+        return retriever.encode(lora, portrait)
+
+    def _base_shapes(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of the base model; those of a checkpoint stand in its header."""
+        if self.config.kind == "tiny":
+            return linear_layers(self._base().dit)
+        from autolora.flux.checkpoints import locate_part
+        from autolora.flux.inspecting import flux_sizes
+        from autolora.flux.sizes import FLUX1_DEV
+
+        located = locate_part(self.config, "transformer")
+        # A pool can be indexed before the checkpoint is there: FLUX.1 has one size.
+        sizes = flux_sizes(located) if located.complete else FLUX1_DEV.flux
+        return sizes.linear_shapes()
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        from autolora.flux.loading import quiet
+
+        if self.config.text == "clip" or (
+            self.config.text == "auto" and self.config.kind != "tiny"
+        ):
+            return self._clip()
+        from autolora.flux.tiny.text import shared_minilm
+        from autolora.retrieval import MiniLMText
+
+        with quiet():
+            # Loaded here, as transformers shows a bar while it loads.
+            shared_minilm()
+        return MiniLMText()
+
+    def _clip(self) -> TextEncoder:
+        """CLIP of the checkpoint, loaded alone when it is first needed."""
+        from autolora.flux.loading import quiet
+        from autolora.retrieval.clip import ClipText
+
+        def load() -> tuple[Any, Any]:
+            with quiet():
+                from autolora.flux.flux1 import load_clip
+
+                return load_clip(self.config)
+
+        return ClipText(load)
+
+    @cached_property
+    def _retriever(self) -> Retriever | None:
+        """Trained encoders; without them only metadata is searched."""
+        from autolora.retrieval import Retriever
+
+        path = self.config.encoder or shipped_encoder(self.config)
+        return None if path is None else Retriever.load(path)
+
+    def _provenance(self) -> Provenance:
+        """What vectors depend on: encoder, base model and portrait settings."""
+        from autolora.retrieval import Provenance
+
+        retriever, text = self._retriever, self._text_encoder
+        if retriever is None:
+            return Provenance("", 0, text.name, text.dim)
+        made_with = [retriever.sha256]
+        if retriever.needs_portraits:
+            made_with += [_stamp(self.config), str(self.config.portrait)]
+        digest = hashlib.sha256("\n".join(made_with).encode()).hexdigest()
+        return Provenance(digest, retriever.dim, text.name, text.dim)
+
+
+def shipped_encoder(config: PipelineConfig) -> Path | None:
+    """The encoder that the package ships for its own base model, where it does."""
+    if not config.uses_shipped_weights:
+        return None
+    folder = Path(__file__).resolve().parents[1] / "retrieval" / "weights"
+    return next(iter(sorted(folder.glob("*.safetensors"))), None)
+
+
+def _stamp(config: PipelineConfig) -> str:
+    """Tell base models apart without hashing checkpoints of many gigabytes."""
+    if config.kind == "tiny":
+        from autolora.flux.tiny.weights import SHIPPED
+
+        paths: tuple[Path, ...] = (config.weights or SHIPPED,)
+    else:
+        from autolora.flux.checkpoints import locate_part
+
+        paths = locate_part(config, "transformer").paths
+    words = [config.kind, config.storage]
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            words.append(path.name)
+        else:
+            words.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+    return " ".join(words)

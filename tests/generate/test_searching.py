@@ -1,0 +1,38 @@
+"""What the vectors of an index depend on."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+from autolora.flux.config import PipelineConfig
+from autolora.generate.search import PoolSearch
+
+
+def digest(config: PipelineConfig, sha256: str = "a", portraits: bool = True) -> str:
+    search = PoolSearch(config, None, None)
+    # In place of what is loaded when it is first needed.
+    search.__dict__["_retriever"] = SimpleNamespace(needs_portraits=portraits, sha256=sha256, dim=4)
+    search.__dict__["_text_encoder"] = SimpleNamespace(name="words", dim=3)
+    return search._provenance().encoder
+
+
+def test_vectors_hang_on_encoder_base_model_and_portraits(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"x")
+    config = PipelineConfig("random", weights=weights)
+    first = digest(config)
+    assert digest(config) == first
+    assert digest(config, sha256="b") != first
+    portrait = replace(config.portrait, noises=config.portrait.noises + 1)
+    for changes in ({"portrait": portrait}, {"storage": "float32"}):
+        assert digest(replace(config, **changes)) != first
+    os.utime(weights, ns=(1, 1))
+    assert digest(config) != first, "other weights of the same name"
+
+
+def test_an_encoder_of_weights_alone_does_not_hang_on_the_base_model(tmp_path: Path) -> None:
+    config = PipelineConfig("random", weights=tmp_path / "gone.safetensors")
+    one = digest(config, portraits=False)
+    assert one == digest(replace(config, storage="float32"), portraits=False)
+    assert one != digest(config, portraits=True)

@@ -1,0 +1,108 @@
+"""Key lists of published files, where they are at hand: nothing is lost."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from autolora.flux.layers import parse_layer
+from autolora.lora import LoRA
+from autolora.lora.formats import match_keys
+
+FOLDER = Path(os.environ.get("AUTOLORA_FORMATS", Path(__file__).parents[3] / "shared" / "formats"))
+LISTS = sorted(FOLDER.glob("*.json")) if FOLDER.is_dir() else []
+# Format and number of layers that each list changes. The XLabs one has blocks 0, 1 and 10 only.
+KNOWN = {
+    "kohya": ("kohya", 19 * 10 + 38 * 3),
+    "diffusers": ("diffusers", 19 * 10 + 38 * 3),
+    "ai_toolkit": ("ai-toolkit", 19 * 8 + 38 * 2),
+    "xlabs": ("xlabs", 3 * 4),
+}
+# The same lists with text-encoder layers, as sd-scripts writes them.
+TEXT_ENCODER_SHAPES = {
+    "lora_te1_text_model_encoder_layers_11_self_attn_q_proj": (768, 768),
+    "lora_te1_text_model_encoder_layers_0_mlp_fc2": (768, 3072),
+    "lora_te3_encoder_block_23_layer_0_SelfAttention_o": (4096, 4096),
+    "lora_te3_encoder_block_0_layer_1_DenseReluDense_wi_1": (10240, 4096),
+}
+
+pytestmark = pytest.mark.skipif(not LISTS, reason=f"no key lists of published files in {FOLDER}")
+
+
+def shapes_of(name) -> dict[str, list[int]]:
+    (path,) = (path for path in LISTS if path.stem == name)
+    return json.loads(path.read_text())
+
+
+def save_random(shapes, path):
+    """The keys at a forty-eighth of the width, so that the file is small."""
+    tensors = {
+        key: torch.randn(
+            [size // 48 if size >= 768 else size for size in shape], dtype=torch.bfloat16
+        )
+        for key, shape in shapes.items()
+    }
+    save_file(tensors, path)
+    return tensors
+
+
+def test_all_lists_are_known():
+    assert set(KNOWN) == {path.stem for path in LISTS}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_key_is_matched(name):
+    shapes = shapes_of(name)
+    matches = match_keys(shapes)
+    assert set(matches) == set(shapes)
+    assert {match.format.name for match in matches.values()} == {KNOWN[name][0]}
+    for key, match in matches.items():
+        layer = parse_layer(match.target.layer)
+        if match.role == "A":
+            assert shapes[key][1] == layer.type.in_ratio * 3072
+        elif match.role == "B":
+            ratios = dict(layer.type.slices)
+            wanted = match.target.slices or tuple(ratios)
+            assert shapes[key][0] == sum(ratios[part] for part in wanted) * 3072
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_random_values_load(tmp_path, name):
+    shapes = shapes_of(name)
+    path = tmp_path / f"{name}.safetensors"
+    save_random(shapes, path)
+    lora = LoRA.load(path)
+    assert lora.report.dropped == {}
+    assert set(lora.report.matched) == set(shapes)
+    assert lora.report.format == KNOWN[name][0]
+    assert len(lora.layers) == lora.report.layers == KNOWN[name][1]
+    assert all(lora.exact(layer) for layer in lora.layers)
+    for layer in lora.layers[:: len(lora.layers) // 5]:
+        assert torch.isfinite(lora.delta(layer)).all()
+
+
+def test_text_encoder_keys_are_matched(tmp_path):
+    shapes = dict(shapes_of("kohya"))
+    for module, (out_features, in_features) in TEXT_ENCODER_SHAPES.items():
+        shapes[f"{module}.lora_down.weight"] = [8, in_features]
+        shapes[f"{module}.lora_up.weight"] = [out_features, 8]
+        shapes[f"{module}.alpha"] = []
+    path = tmp_path / "te.safetensors"
+    save_random(shapes, path)
+    lora = LoRA.load(path)
+    assert lora.report.dropped == {}
+    assert set(lora.report.matched) == set(shapes)
+    assert lora.report.text_encoders == {"clip": 2, "t5": 2}
+    assert lora.text_encoder("clip").layers == ["encoders.0.fc2", "encoders.11.attn.to_q"]
+
+
+def test_true_size_is_counted_against_all_layers_of_the_transformer():
+    """From the shapes alone: 19 double blocks of 10, 38 single blocks of 3, and 10 outside."""
+    from autolora.lora.deltas import LayerDelta
+    from autolora.lora.load_report import count_layers
+
+    layers = {"blocks.3.attn.a_to_qkv": LayerDelta(9216, 3072, ())}
+    assert count_layers(layers) == 19 * 10 + 38 * 3 + 10
