@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.flux.config import PipelineConfig, load_config
-from autolora.flux.layers import linear_layers
+from autolora.config import PipelineConfig, load_config
+from autolora.families.flux1.tables import linear_layers
 from autolora.generate.active_adapters import Attachments, Chosen
 from autolora.generate.plan import Plan, Planner, keep_fitting
 from autolora.generate.report import Output, Report
@@ -80,7 +80,7 @@ class AutoLoRAPipeline:
     @cached_property
     def base(self) -> Any:
         """The DiffSynth pipeline of the base model; loading it takes seconds."""
-        from autolora.flux.loading import load_pipeline
+        from autolora.families.load import load_pipeline
 
         return load_pipeline(self.config)
 

@@ -12,8 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from autolora.errors import GenerationError, shown
-from autolora.flux.config import (
+from autolora.config import (
     PipelineConfig,
     guidance_problem,
     rounded_size,
@@ -21,6 +20,7 @@ from autolora.flux.config import (
     steps_problem,
     top_k_problem,
 )
+from autolora.errors import GenerationError, shown
 from autolora.lora.metadata import MAX_STRENGTH
 
 MAX_PROMPT = 10_000

@@ -5,7 +5,11 @@ sentence. Layout of the format: 8 bytes header length (unsigned, little-endian),
 the data (https://github.com/huggingface/safetensors). Data is copied, not mapped: people copy new
 files over old ones, which changes or ends a program that has the old one mapped. Nothing in this
 module but `read_tensors` needs torch.
+
+Headers of checkpoint files: names, shapes and whether the file is whole. Needs no torch.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -14,13 +18,13 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.errors import LoRAFormatError, shown
+from autolora.errors import ConfigError, LoRAFormatError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +85,17 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int, ...]
-    begin: int
+    begin: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def floating(self) -> bool:
+        """Whether its elements are floating point numbers."""
+        return self.dtype in FLOAT_DTYPES
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Header:
     metadata: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
     data_start: int
-    stamp: "FileStamp | None" = None
+    stamp: FileStamp | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,7 @@ class FileStamp:
     mtime_ns: int
 
     @classmethod
-    def of(cls, file: BufferedReader) -> "FileStamp":
+    def of(cls, file: BufferedReader) -> FileStamp:
         """Read the stamp of an open file."""
         found = os.fstat(file.fileno())
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
@@ -184,7 +198,7 @@ def read_header(path: Path) -> Header:
     return Header(metadata, tensors, 8 + len(raw), stamp)
 
 
-def read_tensors(path: Path, header: Header, keys: Iterable[str]) -> "dict[str, Tensor]":
+def read_tensors(path: Path, header: Header, keys: Iterable[str]) -> dict[str, Tensor]:
     """Read tensors of a file.
 
     Args:
@@ -369,3 +383,151 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], data_bytes: int)
         )
     if position < data_bytes:
         raise _damaged(path, f"{data_bytes - position} bytes follow the last tensor")
+
+
+MAX_CHECKPOINT_HEADER_BYTES = 100_000_000
+"""Longest header of a base model, the most that safetensors itself accepts."""
+
+_OTHER_SUFFIXES: Mapping[str, str] = {
+    ".gguf": "a GGUF file",
+    ".ckpt": "a pickle, which can run code when it is read",
+    ".pt": "a pickle, which can run code when it is read",
+    ".pth": "a pickle, which can run code when it is read",
+    ".bin": "a pickle, which can run code when it is read",
+    ".incomplete": "a download that has not ended",
+    ".part": "a download that has not ended",
+}
+
+
+def read_headers(paths: Iterable[Path]) -> dict[str, TensorInfo]:
+    """Read the headers of the files that make up one checkpoint.
+
+    Args:
+        paths: A file, or all shards.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ConfigError: A file is missing, incomplete or not safetensors.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for path in paths:
+        tensors.update(read_checkpoint_header(path))
+    return tensors
+
+
+def read_checkpoint_header(path: Path) -> dict[str, TensorInfo]:
+    """Read a safetensors header and compare it with the size of the file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        ConfigError: The file is missing, incomplete or not safetensors.
+    """
+    kind = _OTHER_SUFFIXES.get(path.suffix.lower())
+    if kind is not None:
+        raise ConfigError(
+            f"{shown(path)} is {kind}; give the .safetensors file of this checkpoint instead."
+        )
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if start[:4] == b"GGUF":
+                raise _not_safetensors(path, "a GGUF file")
+            if start[:1] in (b"<", b"v") and length > MAX_CHECKPOINT_HEADER_BYTES:
+                raise _not_safetensors(path, "a web page or a Git LFS pointer")
+            raw = file.read(length) if 2 <= length <= MAX_CHECKPOINT_HEADER_BYTES else b""
+    except OSError as error:
+        reason = shown(error.strerror or error)
+        raise ConfigError(f"The checkpoint {shown(path)} cannot be read: {reason}.") from error
+    if len(start) < 8 or (length <= MAX_CHECKPOINT_HEADER_BYTES and len(raw) < length):
+        raise _incomplete(path, size, None)
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        tensors = {name: TensorInfo(e["dtype"], tuple(e["shape"])) for name, e in entries.items()}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _not_safetensors(path, "not safetensors") from error
+    expected = 8 + length + end
+    if size < expected:
+        raise _incomplete(path, size, expected)
+    if not tensors:
+        raise ConfigError(f"The checkpoint {shown(path)} holds no tensors; download it again.")
+    return tensors
+
+
+def _not_safetensors(path: Path, what: str) -> ConfigError:
+    return ConfigError(
+        f"The checkpoint {shown(path)} is {what}; download the .safetensors file again."
+    )
+
+
+def _incomplete(path: Path, size: int, expected: int | None) -> ConfigError:
+    whole = f"{gigabytes(size)} of {gigabytes(expected)}" if expected else gigabytes(size)
+    return ConfigError(
+        f"The checkpoint {shown(path)} is incomplete ({whole} are there); download it again."
+    )
+
+
+def gigabytes(count: float) -> str:
+    """Show a number of bytes in decimal units, as file managers and hubs do."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one tensor is made of.
+
+    Attributes:
+        sources: Names in the file; several are put on top of each other.
+        swap_halves: Whether the upper and lower half of the rows change places: diffusers keep
+            the final modulation as scale and shift, BFL and DiffSynth as shift and scale.
+        leading: How many dimensions of size 1 to put in front.
+        trailing: How many dimensions of size 1 to put behind: 1 x 1 convolutions that are kept
+            as linear layers.
+    """
+
+    sources: tuple[str, ...]
+    swap_halves: bool = False
+    leading: int = 0
+    trailing: int = 0
+
+
+def shape_of(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+    """Shape of what a recipe gives."""
+    shapes = [tensors[name].shape for name in recipe.sources]
+    rows = sum(shape[0] for shape in shapes)
+    return (1,) * recipe.leading + (rows, *shapes[0][1:]) + (1,) * recipe.trailing
+
+
+def cook(recipe: Recipe, read: Callable[[str], Tensor]) -> Tensor:
+    """Make the tensor of a recipe.
+
+    Args:
+        recipe: The recipe.
+        read: Gives a tensor of the file by name.
+    """
+    import torch
+
+    parts = [read(name) for name in recipe.sources]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if recipe.swap_halves:
+        first, second = tensor.chunk(2)
+        tensor = torch.cat((second, first))
+    for _ in range(recipe.leading):
+        tensor = tensor[None]
+    return tensor[(..., *(None,) * recipe.trailing)] if recipe.trailing else tensor

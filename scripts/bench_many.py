@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from autolora.flux.loading import text_length_for
+from autolora.families.load import text_length_for
 from autolora.pipeline import AutoLoRAPipeline
 
 

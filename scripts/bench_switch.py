@@ -53,7 +53,7 @@ def tiny_models(device: str) -> tuple[Any, nn.Module, torch.dtype]:
     """The shipped pipeline in float8, the same transformer with plain linears, and the type."""
     import dataclasses
 
-    from autolora.flux.loading import load_config, load_pipeline
+    from autolora.families.load import load_config, load_pipeline
 
     config = dataclasses.replace(load_config("tiny"), device=device)
     pipe = load_pipeline(config)
@@ -67,7 +67,7 @@ def block_models(device: str) -> tuple[Any, nn.Module, torch.dtype]:
     from diffsynth.models.flux_dit import FluxJointTransformerBlock, FluxSingleTransformerBlock
     from diffsynth.pipelines.flux_image import FluxImagePipeline
 
-    from autolora.flux.quantize import store_in_float8
+    from autolora.runtime.storage import store_in_float8
 
     dtype = torch.bfloat16
     with torch.device("meta"):

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from autolora.errors import AutoLoRAError
-from autolora.flux.loading import load_config
-from autolora.flux.tiny.text import shared_minilm
-from autolora.flux.tiny.weights import SHIPPED, load_tiny, save_tiny
+from autolora.families.load import load_config
+from autolora.families.tiny.weights import SHIPPED, load_tiny, save_tiny
 from autolora.lora import LoRA
+from autolora.minilm import shared_minilm
 from train.tiny_world.autoencoder import train_autoencoder
 from train.tiny_world.base import train_base
 from train.tiny_world.data import TextTable, Views, render_views
@@ -62,7 +62,7 @@ class Builder:
         )
 
     def _trained_autoencoder(self) -> dict[str, Any]:
-        from autolora.flux.tiny.autoencoder import TinyDecoder, TinyEncoder
+        from autolora.families.tiny.model import TinyDecoder, TinyEncoder
 
         state = torch.load(self.work / "autoencoder-final.pt", weights_only=True)
         modules = {"encoder": TinyEncoder(), "decoder": TinyDecoder()}

@@ -65,7 +65,7 @@ def autolora(folder: Path, steps: int) -> tuple[Switch, Draw]:
 
 def rival(name: str, folder: Path, steps: int) -> tuple[Switch, Draw]:
     """DiffSynth or PEFT beside the same model and the same sampler."""
-    from autolora.flux.loading import load_config, load_pipeline
+    from autolora.families.load import load_config, load_pipeline
     from autolora.generate.sample import denoise
     from autolora.request import make_request
     from scripts.switching.programs import DiffSynth, PeftHotswap
@@ -153,7 +153,7 @@ def main() -> None:
         return
     import torch
 
-    from autolora.flux.tiny.weights import SHIPPED, load_tiny
+    from autolora.families.tiny.weights import SHIPPED, load_tiny
     from scripts.switching.programs import block_layers
 
     with tempfile.TemporaryDirectory() as folder:

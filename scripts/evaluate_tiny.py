@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from autolora import Pool
-from autolora.flux.loading import load_config, load_pipeline, quiet
+from autolora.families.load import load_config, load_pipeline, quiet
 from autolora.fusion import GateBank, attached, load_gates
 from train.retrieval.config import load_config as read_config
 from train.tiny_world.captions import prompt
@@ -240,7 +240,7 @@ def main() -> None:
     with quiet():
         config = load_config("tiny")
         pipe = load_pipeline(config)
-    shipped = ROOT / "autolora/flux/tiny/weights/gate.safetensors"
+    shipped = ROOT / "autolora/families/tiny/weights/gate.safetensors"
     gates = load_gates(args.gate or config.gate or shipped)
     scorer = Scorer(pipe, pool, load_probe(), gates)
     if args.sheet:

@@ -20,10 +20,8 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the smallest tiny FLUX with random weights (imports DiffSynth, once)."""
     import torch
 
-    from autolora.flux.tiny.autoencoder import TinyDecoder, TinyEncoder
-    from autolora.flux.tiny.config import TinyFluxConfig
-    from autolora.flux.tiny.dit import TinyFluxDiT
-    from autolora.flux.tiny.weights import save_tiny
+    from autolora.families.tiny.model import TinyDecoder, TinyEncoder, TinyFluxConfig, TinyFluxDiT
+    from autolora.families.tiny.weights import save_tiny
 
     torch.manual_seed(0)
     config = TinyFluxConfig(
@@ -41,8 +39,8 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shapes(tiny_weights: Path) -> dict[str, tuple[int, int]]:
     """Shapes ``(out, in)`` of the random model's linear layers by canonical name."""
-    from autolora.flux.layers import linear_layers
-    from autolora.flux.tiny.weights import load_tiny
+    from autolora.families.flux1.tables import linear_layers
+    from autolora.families.tiny.weights import load_tiny
 
     return linear_layers(load_tiny(tiny_weights)[1]["dit"])
 

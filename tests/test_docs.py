@@ -137,7 +137,7 @@ def check_script(arguments: list[str]) -> None:
 @pytest.fixture(scope="module")
 def one_base_model() -> Iterator[None]:
     """Load the base model once; each command makes a pipeline of its own."""
-    from autolora.flux import loading
+    from autolora.families import load as loading
 
     load, loaded = loading.load_pipeline, {}
 
@@ -173,7 +173,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def reader(place: Path, tiny_shapes, one_base_model, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Be in that folder, with the home folder there, too."""
-    from autolora.flux import config, template
+    from autolora import config
+    from autolora import config as template
     from autolora.fusion import strategies
     from autolora.lora import save_lora
 
@@ -343,9 +344,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_page_about_models_says_what_doctor_says() -> None:
-    from autolora.flux.config import load_config
-    from autolora.flux.memory import GIB, all_needs
-    from autolora.flux.sizes import FLUX1_DEV
+    from autolora.config import load_config
+    from autolora.families.flux1.sizes import FLUX1_DEV
+    from autolora.runtime.memory import GIB, all_needs
 
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     said = {

@@ -11,16 +11,16 @@ from autolora.cli import main
 from autolora.errors import LoRAFormatError
 from autolora.pipeline import AutoLoRAPipeline
 from tests.conftest import random_factors
-from tests.flux import real_format
+from tests.families.flux1 import real_format
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Published files, a pool of three LoRAs in three formats, and a configuration."""
-    from autolora.flux.checkpoints import locate_part
-    from autolora.flux.config import PipelineConfig
-    from autolora.flux.inspecting import flux_sizes
+    from autolora.config import PipelineConfig
+    from autolora.families.flux1.part_files import flux_sizes
     from autolora.lora import save_lora
+    from autolora.runtime.checkpoints import locate_part
 
     root = tmp_path_factory.mktemp("flux1")
     files = real_format.write(root / "files")
@@ -161,6 +161,6 @@ def test_the_shell_draws_and_examines(folder: Path, tmp_path: Path, capsys) -> N
 
 
 def headers(path: Path):
-    from autolora.flux.headers import read_header
+    from autolora.safetensors_io import read_checkpoint_header
 
-    return read_header(path).values()
+    return read_checkpoint_header(path).values()

@@ -55,7 +55,7 @@ def test_function_limit_can_be_exceeded() -> None:
     "code",
     [
         "import autolora; autolora.AutoLoRAError",
-        "import autolora.flux.config as c; c.load_config('tiny')",
+        "import autolora.config as c; c.load_config('tiny')",
         "from autolora import Pool",
         "from autolora.cli import main; assert main(['--help']) == 0",
         "from autolora.cli import main; assert main(['generate', '--help']) == 0",
@@ -87,7 +87,7 @@ def test_every_config_is_yaml_and_says_how_it_is_used(file: Path) -> None:
 
 
 def test_configs_of_base_models_load() -> None:
-    from autolora.flux.config import load_config, shipped_configs
+    from autolora.config import load_config, shipped_configs
 
     names = list(shipped_configs())
     assert "tiny" in names

@@ -9,7 +9,7 @@ from autolora.pipeline import AutoLoRAPipeline
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory, tiny_weights, make_pool) -> AutoLoRAPipeline:
-    from autolora.flux.config import PipelineConfig
+    from autolora.config import PipelineConfig
 
     folder = tmp_path_factory.mktemp("many")
     config = PipelineConfig(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from autolora import AutoLoRAPipeline, LoRA
+from autolora.config import PipelineConfig
 from autolora.errors import (
     AutoLoRAError,
     FusionError,
@@ -15,7 +16,6 @@ from autolora.errors import (
     LoRAFormatError,
     PoolError,
 )
-from autolora.flux.config import PipelineConfig
 from autolora.fusion import Gate, GateBank, attached_layers, save_gates
 from autolora.generate.report import read_report
 from autolora.lora import save_lora
@@ -231,7 +231,7 @@ def test_an_index_that_is_up_to_date_needs_no_base_model(pipe, monkeypatch) -> N
     def fail(_: object) -> None:
         raise AssertionError("the base model was loaded")
 
-    monkeypatch.setattr("autolora.flux.loading.load_pipeline", fail)
+    monkeypatch.setattr("autolora.families.load.load_pipeline", fail)
     assert fresh.search("a rocket", k=1)[0].name == "rocket"
     assert fresh.choose("a rocket")[0].name == "rocket"
 

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from autolora import AutoLoRAPipeline, LoRA
+from autolora.config import AdapterSettings, PipelineConfig, load_config
 from autolora.errors import ConfigError, FusionError
-from autolora.flux.config import PipelineConfig, load_config
-from autolora.flux.settings import AdapterSettings
 from autolora.fusion import attached_layers, base_weight, linear_shapes
 
 NAMES = ("elephant", "neon", "rocket")

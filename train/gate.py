@@ -44,7 +44,7 @@ class GateTrainConfig:
 
     model: str = "tiny"  # name or path of a model config
     pool: str = "build/tiny_world/pool/large"  # LoRAs with covers, captions and maybe recipes.json
-    out: str = "autolora/flux/tiny/weights/gate.safetensors"
+    out: str = "autolora/families/tiny/weights/gate.safetensors"
     size: int = 128  # side of the pictures in pixels
     text_length: int = 16  # tokens a caption is padded to
     adapters_min: int = 1  # LoRAs attached at once, at least

@@ -98,7 +98,7 @@ def encode_text(pipe: Any, text: str, length: int) -> tuple[torch.Tensor, torch.
 
 def load_for_training(model: str) -> Any:
     """The frozen base model: float32 where it is tiny, else bfloat16, half of float32's memory."""
-    from autolora.flux.loading import load_config, load_pipeline
+    from autolora.families.load import load_config, load_pipeline
 
     config = load_config(model)
     storage = "float32" if config.kind == "tiny" else "bfloat16"

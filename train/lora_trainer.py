@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autolora.errors import ConfigError
-from autolora.flux.layers import linear_layer_names
+from autolora.families.flux1.tables import linear_layer_names
 from train.flow import add_noise, plain_attention, predict_velocity, sample_sigmas
 
 Factors = dict[str, tuple[Tensor, Tensor]]

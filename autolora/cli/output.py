@@ -237,7 +237,7 @@ def examples(*lines: str) -> str:
 
 def complete_models(incomplete: str) -> list[str]:
     """Complete the name of a base model, or a YAML file of the working folder."""
-    from autolora.flux.config import shipped_configs
+    from autolora.config import shipped_configs
 
     files = (path.name for path in Path().glob("*.yaml"))
     return _starting(incomplete, (*shipped_configs(), *sorted(files)))
@@ -263,7 +263,7 @@ def complete_strategies(incomplete: str) -> list[str]:
 
 
 def _lora_names(context: typer.Context) -> Iterator[str]:
-    from autolora.flux.config import load_config
+    from autolora.config import load_config
     from autolora.lora import Pool
 
     pool = context.params.get("pool")

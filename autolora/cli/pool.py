@@ -360,7 +360,7 @@ def _plain(value: Any) -> Any:
 
 
 def _folder(model: str, pool: Path | None) -> Path:
-    from autolora.flux.config import load_config
+    from autolora.config import load_config
 
     return load_config(model).pool if pool is None else pool.expanduser()
 

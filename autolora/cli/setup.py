@@ -34,8 +34,8 @@ INIT_EXAMPLES = examples(
 
 def doctor(model: Model = "tiny", as_json: AsJson = False) -> None:
     """Say what is installed, which files are missing, and which options fit this machine."""
-    from autolora.flux.config import load_config
-    from autolora.flux.doctor import examine
+    from autolora.config import load_config
+    from autolora.doctor import examine
 
     config = load_config(model)
     found = examine(config)
@@ -65,7 +65,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Write a configuration of your own for a base model and a pool, and index the pool."""
-    from autolora.flux.template import write_config
+    from autolora.config import write_config
 
     values = _values(pool, model, weights)
     target = (out or Path(f"{Path(model).stem}-mine.yaml")).expanduser()
@@ -108,13 +108,13 @@ def _check_weights(model: str, path: Path) -> None:
     Raises:
         ConfigError: It is.
     """
-    from autolora.flux.checkpoints import locate_part
-    from autolora.flux.config import PipelineConfig, load_config
-    from autolora.flux.headers import read_header
-    from autolora.flux.inspecting import flux_sizes
+    from autolora.config import PipelineConfig, load_config
+    from autolora.families.flux1.part_files import flux_sizes
+    from autolora.runtime.checkpoints import locate_part
+    from autolora.safetensors_io import read_checkpoint_header
 
     if load_config(model).kind == "tiny":
-        read_header(path)
+        read_checkpoint_header(path)
         return
     transformer = locate_part(PipelineConfig("new", kind="flux1", weights=path), "transformer")
     if transformer.complete:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from autolora.config import top_k_problem
 from autolora.console.catalog import Catalog, Item
 from autolora.console.orders import Selection
 from autolora.console.styles import Style
 from autolora.errors import AutoLoRAError, PoolError
-from autolora.flux.config import top_k_problem
 from autolora.request import ParsedPrompt, check_strength, parse_prompt
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from autolora.config import SIZE_MULTIPLE
 from autolora.console.guard import VISIT_COOKIE
 from autolora.console.jobs import JobView
 from autolora.console.labels import LABELS, LANGUAGES, label, language_of
@@ -18,7 +19,6 @@ from autolora.console.phrases import PHRASES, compiled
 from autolora.console.pictures import Picture
 from autolora.console.studio import Look, Studio
 from autolora.errors import AutoLoRAError, GenerationError
-from autolora.flux.config import SIZE_MULTIPLE
 from autolora.request import parse_size
 
 LANGUAGE_COOKIE = "autolora_language"

@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from autolora.config import PipelineConfig
 from autolora.errors import shown
-from autolora.flux.config import PipelineConfig
 from autolora.generate.report import UsedAdapter
 from autolora.generate.reproduce import data_sha256
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autolora.config import PipelineConfig
 from autolora.errors import GenerationError, LoRAFormatError, PoolError, shown
-from autolora.flux.config import PipelineConfig
-from autolora.flux.layers import linear_layers
+from autolora.families.flux1.tables import linear_layers
 from autolora.generate.active_adapters import Attachments, Chosen
 from autolora.generate.report import Report
 from autolora.generate.reproduce import identify_base, program_versions

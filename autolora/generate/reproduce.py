@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import autolora
+from autolora.config import PipelineConfig
 from autolora.errors import GenerationError, LoRAFormatError, shown
-from autolora.flux.config import PipelineConfig
 from autolora.generate.png import WORKFLOW_CHUNK, read_texts
 from autolora.generate.report import (
     CHUNK,
@@ -60,7 +60,7 @@ def identify_base(config: PipelineConfig) -> BaseModel:
     """
     import torch
 
-    from autolora.flux.loading import resolve_compute, resolve_device
+    from autolora.runtime.hardware import resolve_compute, resolve_device
 
     device = resolve_device(config.device)
     on_cpu = device.type == "cpu"
@@ -81,10 +81,10 @@ def identify_base(config: PipelineConfig) -> BaseModel:
 def base_files(config: PipelineConfig) -> Mapping[str, Path]:
     """Return the files of a base model by part; shards of one part are numbered."""
     if config.kind == "tiny":
-        from autolora.flux.tiny.weights import SHIPPED
+        from autolora.families.tiny.weights import SHIPPED
 
         return {"transformer": config.weights or SHIPPED}
-    from autolora.flux.checkpoints import locate
+    from autolora.runtime.checkpoints import locate
 
     files = {}
     for part, located in locate(config).items():

@@ -23,7 +23,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from autolora.flux.loading import text_length_for
+from autolora.families.load import text_length_for
 from autolora.fusion.attach import ready_beside
 from autolora.generate.plan import Plan
 from autolora.generate.report import Output

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.flux.config import PipelineConfig
-from autolora.flux.layers import linear_layers
+from autolora.config import PipelineConfig
+from autolora.families.flux1.tables import linear_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,9 +120,9 @@ class PoolSearch:
         return self._state
 
     def portrait(self, lora: LoRA) -> Tensor:
-        """Take an adapter's portrait, ``[S, N, C, h, w]``; see `autolora.flux.portraits`."""
-        from autolora.flux.portraits import Portraits
+        """Take an adapter's portrait, ``[S, N, C, h, w]``; see `autolora.generate.portraits`."""
         from autolora.fusion import attached
+        from autolora.generate.portraits import Portraits
 
         pipe = self._base()
         if self._portraits is None:
@@ -147,9 +147,9 @@ class PoolSearch:
         """Linear layers of the base model; those of a checkpoint stand in its header."""
         if self.config.kind == "tiny":
             return linear_layers(self._base().dit)
-        from autolora.flux.checkpoints import locate_part
-        from autolora.flux.inspecting import flux_sizes
-        from autolora.flux.sizes import FLUX1_DEV
+        from autolora.families.flux1.part_files import flux_sizes
+        from autolora.families.flux1.sizes import FLUX1_DEV
+        from autolora.runtime.checkpoints import locate_part
 
         located = locate_part(self.config, "transformer")
         # A pool can be indexed before the checkpoint is there: FLUX.1 has one size.
@@ -158,13 +158,13 @@ class PoolSearch:
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
-        from autolora.flux.loading import quiet
+        from autolora.families.load import quiet
 
         if self.config.text == "clip" or (
             self.config.text == "auto" and self.config.kind != "tiny"
         ):
             return self._clip()
-        from autolora.flux.tiny.text import shared_minilm
+        from autolora.minilm import shared_minilm
         from autolora.retrieval import MiniLMText
 
         with quiet():
@@ -174,12 +174,12 @@ class PoolSearch:
 
     def _clip(self) -> TextEncoder:
         """CLIP of the checkpoint, loaded alone when it is first needed."""
-        from autolora.flux.loading import quiet
+        from autolora.families.load import quiet
         from autolora.retrieval.clip import ClipText
 
         def load() -> tuple[Any, Any]:
             with quiet():
-                from autolora.flux.flux1 import load_clip
+                from autolora.families.flux1.checkpoint import load_clip
 
                 return load_clip(self.config)
 
@@ -218,11 +218,11 @@ def shipped_encoder(config: PipelineConfig) -> Path | None:
 def _stamp(config: PipelineConfig) -> str:
     """Tell base models apart without hashing checkpoints of many gigabytes."""
     if config.kind == "tiny":
-        from autolora.flux.tiny.weights import SHIPPED
+        from autolora.families.tiny.weights import SHIPPED
 
         paths: tuple[Path, ...] = (config.weights or SHIPPED,)
     else:
-        from autolora.flux.checkpoints import locate_part
+        from autolora.runtime.checkpoints import locate_part
 
         paths = locate_part(config, "transformer").paths
     words = [config.kind, config.storage]

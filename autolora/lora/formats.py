@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from autolora.flux.dialects import (
+from autolora.families.flux1.dialects import (
     BFL,
     CLIP,
     DIFFSYNTH,
@@ -25,7 +25,7 @@ from autolora.flux.dialects import (
     Naming,
     Target,
 )
-from autolora.flux.layers import parse_layer
+from autolora.families.flux1.tables import parse_layer
 
 AlphaPlace = Literal["tensor", "optional tensor", "header", "nowhere"]
 

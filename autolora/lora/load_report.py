@@ -7,11 +7,11 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from autolora.flux.layers import LAYER_TYPES, parse_layer
-from autolora.flux.refusals import FLUX_BLOCKS, FLUX_WIDTH
+from autolora.families.flux1.refusals import FLUX_BLOCKS, FLUX_WIDTH
+from autolora.families.flux1.tables import LAYER_TYPES, parse_layer
 
 if TYPE_CHECKING:
-    from autolora.flux.dialects import Part
+    from autolora.families.flux1.dialects import Part
     from autolora.lora.deltas import Contents, LayerDelta
 
 TEXT_ENCODER_MODULES: Mapping[str, str] = {"clip": "text_encoder_1", "t5": "text_encoder_2"}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from autolora.errors import LoRAFormatError, shown
-from autolora.flux.dialects import Part
+from autolora.families.flux1.dialects import Part
 from autolora.lora.deltas import EXACT, LayerDelta, check_base, check_shapes, layer_from_pair
 from autolora.lora.load_report import LoadReport, layer_facts
 from autolora.lora.low_rank import low_rank_delta

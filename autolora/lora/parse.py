@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from autolora.errors import LoRAFormatError, shown
-from autolora.flux import refusals
-from autolora.flux.dialects import Part, Target
-from autolora.flux.layers import (
+from autolora.families.flux1 import refusals
+from autolora.families.flux1.dialects import Part, Target
+from autolora.families.flux1.tables import (
     LayerType,
     fused_out_features,
     layer_sort_key,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autolora.errors import LoRAFormatError, shown
-from autolora.flux.dialects import Part
+from autolora.families.flux1.dialects import Part
 from autolora.lora.fields import finite_number
 from autolora.safetensors_io import LARGEST_VALUE
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autolora.errors import LoRAFormatError, shown
-from autolora.flux.layers import output_slices, parse_layer
+from autolora.families.flux1.tables import output_slices, parse_layer
 from autolora.lora.deltas import check_pair, is_finite
 from autolora.lora.formats import FORMATS, Format, format_named
 

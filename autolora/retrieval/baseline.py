@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autolora.errors import RetrievalError
-from autolora.flux.layers import layer_sort_key, parse_layer
+from autolora.families.flux1.tables import layer_sort_key, parse_layer
 
 if TYPE_CHECKING:
     from autolora.lora.lora import LoRA

@@ -67,7 +67,7 @@ class MiniLMText:
         Args:
             cache_size: How many texts' vectors to keep.
         """
-        from autolora.flux.tiny.text import MiniLM
+        from autolora.minilm import MiniLM
 
         self.name: str = MiniLM.name
         self.dim: int = MiniLM.dim
@@ -84,7 +84,7 @@ class MiniLMText:
         """
         import torch
 
-        from autolora.flux.tiny.text import shared_minilm
+        from autolora.minilm import shared_minilm
 
         found = self._cache.encode(texts, lambda new: shared_minilm().encode(new).float())
         return torch.stack(found) if found else torch.zeros(0, self.dim)
@@ -99,7 +99,7 @@ class MiniLMText:
         Returns:
             Lower-case words of three letters and more, the commonest first.
         """
-        from autolora.flux.tiny.text import shared_minilm
+        from autolora.minilm import shared_minilm
 
         vocabulary: dict[str, int] = shared_minilm().tokenizer.get_vocab()
         ordered = sorted(vocabulary, key=vocabulary.__getitem__)

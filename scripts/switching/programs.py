@@ -169,6 +169,6 @@ class PeftLoaded:
 
 def block_layers(dit: nn.Module) -> Mapping[str, tuple[int, int]]:
     """Shapes of the linear layers inside the blocks, where adapters usually are."""
-    from autolora.flux.layers import linear_layers
+    from autolora.families.flux1.tables import linear_layers
 
     return {name: shape for name, shape in linear_layers(dit).items() if "blocks." in name}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from autolora.cli import main
-from autolora.flux.config import load_config, shipped_configs
+from autolora.config import load_config, shipped_configs
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +120,10 @@ def test_help_shows_examples(capsys) -> None:
 
 
 def test_without_a_card_doctor_tells_what_a_card_would_need(monkeypatch, capsys) -> None:
-    from autolora.flux import doctor, hardware
-    from autolora.flux.memory import GIB, all_needs
-    from autolora.flux.sizes import FLUX1_DEV
+    from autolora import doctor
+    from autolora.families.flux1.sizes import FLUX1_DEV
+    from autolora.runtime import hardware
+    from autolora.runtime.memory import GIB, all_needs
 
     config = load_config("flux1-dev")
     sizes = (config.memory, config.width, config.height)
@@ -148,7 +149,7 @@ def test_without_a_card_doctor_tells_what_a_card_would_need(monkeypatch, capsys)
 
 
 def test_with_a_card_doctor_tells_how_the_model_would_be_loaded(monkeypatch, capsys) -> None:
-    from tests.flux import pretended
+    from tests.families.flux1 import pretended
 
     pretended.answer(monkeypatch, 12 * pretended.GIB)
     assert main(["doctor", "--model", "flux1-dev"]) == 1
@@ -157,14 +158,14 @@ def test_with_a_card_doctor_tells_how_the_model_would_be_loaded(monkeypatch, cap
     assert "on Pretended card with storage float8, computing in bfloat16" in out
     assert "offload layers that may fill the card up to 9." in out
     config = load_config("flux1-dev")
-    monkeypatch.setattr("autolora.flux.config.load_config", lambda name: config)
+    monkeypatch.setattr("autolora.config.load_config", lambda name: config)
     object.__setattr__(config, "device", "cuda:3")
     assert main(["doctor", "--model", "flux1-dev"]) == 1
     assert "Device cuda:3 is not there" in " ".join(capsys.readouterr().out.split())
 
 
 def test_init_refuses_another_family_at_once(tmp_path: Path, make_pool, capsys) -> None:
-    from tests.flux.pretended import write_hollow
+    from tests.families.flux1.pretended import write_hollow
 
     pool, out = make_pool(tmp_path / "pool"), tmp_path / "mine.yaml"
     for name, keys, words in (
@@ -179,7 +180,7 @@ def test_init_refuses_another_family_at_once(tmp_path: Path, make_pool, capsys) 
 
 
 def test_doctor_tells_unusable_files_from_missing_ones(tmp_path: Path, capsys) -> None:
-    from tests.flux.pretended import write_hollow
+    from tests.families.flux1.pretended import write_hollow
 
     folder = tmp_path / "flux"
     scaled = {"shared.weight": (2, 2), "encoder.block.0.layer.0.SelfAttention.q.scale_weight": ()}

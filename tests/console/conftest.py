@@ -20,7 +20,7 @@ def studio_files(tmp_path_factory, make_pool) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_pipe(studio_files: Path, tiny_weights: Path):
-    from autolora.flux.config import PipelineConfig
+    from autolora.config import PipelineConfig
     from autolora.pipeline import AutoLoRAPipeline
 
     config = PipelineConfig(

@@ -150,7 +150,7 @@ def test_a_comparison_changes_nothing_but_the_adapters(studio: Studio) -> None:
 
 
 def test_gates_are_known_by_layer_and_step(studio: Studio, tmp_path) -> None:
-    from autolora.flux.layers import linear_layers
+    from autolora.families.flux1.tables import linear_layers
     from autolora.fusion import Gate, GateBank
     from autolora.pipeline import AutoLoRAPipeline
 

@@ -342,7 +342,7 @@ def test_any_module_with_a_weight_will_do():
 @pytest.mark.slow
 @pytest.mark.parametrize("computation", [torch.bfloat16, torch.float32])
 def test_diffsynths_float8_layers_are_merged_and_restored(model, computation):
-    from autolora.flux.quantize import store_in_float8
+    from autolora.runtime.storage import store_in_float8
 
     assert store_in_float8(model, computation, torch.device("cpu")) == 6
     inputs = torch.randn(2, 5, 16).to(computation), torch.randn(2, 16).to(computation)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from autolora.flux.config import PipelineConfig
+from autolora.config import PipelineConfig
 from autolora.pipeline import AutoLoRAPipeline
 
 NAMES = ("elephant", "neon", "rocket")

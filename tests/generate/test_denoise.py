@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from autolora.flux.config import PipelineConfig
-from autolora.flux.loading import load_pipeline, text_length_for
+from autolora.config import PipelineConfig
+from autolora.families.load import load_pipeline, text_length_for
 from autolora.generate.sample import Watch, decode, denoise, draw, read_texts
 from autolora.request import make_request
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from autolora import AutoLoRAPipeline
+from autolora.config import PipelineConfig
 from autolora.errors import GenerationError
-from autolora.flux.config import PipelineConfig
 from autolora.generate.png import read_texts, write_png
 from autolora.generate.report import CHUNK
 from autolora.generate.reproduce import check, compare, load_report, repeat

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from autolora.flux.config import PipelineConfig
+from autolora.config import PipelineConfig
 from autolora.generate.search import PoolSearch
 
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autolora import AutoLoRAPipeline
-from autolora.flux.config import PipelineConfig
+from autolora.config import PipelineConfig
 from autolora.fusion import attached_layers
-from tests.flux import real_format
+from tests.families.flux1 import real_format
 
 CLIP = {
     "encoder.layers.0.mlp.fc1": "lora_te1_text_model_encoder_layers_0_mlp_fc1",

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from autolora.flux.refusals import NO_FACTORS
+from autolora.families.flux1.refusals import NO_FACTORS
 from autolora.lora import LoRA
 from autolora.lora.formats import FORMATS, match_keys
 from tests.lora.lora_files import SPELLINGS, assert_same_deltas, canonical_shapes, make_file

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from autolora.flux.dialects import BFL, CLIP, DIFFSYNTH, DIFFUSERS, T5, XLABS
+from autolora.families.flux1.dialects import BFL, CLIP, DIFFSYNTH, DIFFUSERS, T5, XLABS
 
 
 def modules_of(path, name, **options):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autolora.flux.layers import parse_layer
+from autolora.families.flux1.tables import parse_layer
 from autolora.lora import LoRA
 from autolora.lora.formats import match_keys
 

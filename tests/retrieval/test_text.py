@@ -21,7 +21,7 @@ class FakeMiniLM:
 
 def test_texts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeMiniLM()
-    monkeypatch.setattr("autolora.flux.tiny.text.shared_minilm", lambda: fake)
+    monkeypatch.setattr("autolora.minilm.shared_minilm", lambda: fake)
     encoder = MiniLMText(cache_size=3)
     assert torch.equal(encoder.encode(["b", "a", "b"]), WORDS.encode(["b", "a", "b"]))
     encoder.encode(["a", "c"])

@@ -55,8 +55,7 @@ def test_the_fullest_pictures_are_drawn_as_often_as_asked_and_rivals_share_nothi
 
 @pytest.fixture(scope="module")
 def dit() -> nn.Module:
-    from autolora.flux.tiny.config import TinyFluxConfig
-    from autolora.flux.tiny.dit import TinyFluxDiT
+    from autolora.families.tiny.model import TinyFluxConfig, TinyFluxDiT
 
     torch.manual_seed(0)
     sizes = {"width": 32, "heads": 2, "rope_axes": (4, 6, 6), "text_length": 3}

@@ -17,8 +17,7 @@ from train.lora_trainer import (
 
 @pytest.fixture(scope="module")
 def dit():
-    from autolora.flux.tiny.config import TinyFluxConfig
-    from autolora.flux.tiny.dit import TinyFluxDiT
+    from autolora.families.tiny.model import TinyFluxConfig, TinyFluxDiT
 
     torch.manual_seed(0)
     config = TinyFluxConfig(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autolora.errors import ConfigError
-from autolora.flux.loading import load_config, load_pipeline, text_length_for
+from autolora.families.load import load_config, load_pipeline, text_length_for
 
 _NOISE_SEED = 0
 

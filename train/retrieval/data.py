@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autolora.errors import AutoLoRAError, ConfigError
-from autolora.flux.layers import layer_sort_key
+from autolora.families.flux1.tables import layer_sort_key
 from autolora.lora import LoRA, Metadata, Pool
 from autolora.retrieval.concepts import stem, stems
 from autolora.retrieval.features import LoRAInputs

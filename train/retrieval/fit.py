@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autolora.flux.layers import parse_layer
+from autolora.families.flux1.tables import parse_layer
 from autolora.retrieval.baseline import (
     PaperEncoder,
     StackedFactors,

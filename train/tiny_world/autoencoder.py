@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from autolora.flux.tiny.autoencoder import TinyDecoder, TinyEncoder
+from autolora.families.tiny.model import TinyDecoder, TinyEncoder
 from train.tiny_world.checkpoint import load_checkpoint, progress, save_checkpoint
 from train.tiny_world.render import random_view, render
 from train.tiny_world.styles import STYLES

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from autolora.flux.tiny.config import TinyFluxConfig
-from autolora.flux.tiny.dit import TinyFluxDiT
+from autolora.families.tiny.model import TinyFluxConfig, TinyFluxDiT
 from train.flow import add_noise, plain_attention, predict_velocity, sample_sigmas
 from train.tiny_world.checkpoint import load_checkpoint, progress, save_checkpoint
 from train.tiny_world.data import TextTable, Views

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autolora.flux.tiny.autoencoder import TinyEncoder
-from autolora.flux.tiny.text import MiniLM
+from autolora.families.tiny.model import TinyEncoder
+from autolora.minilm import MiniLM
 from train.tiny_world.captions import caption
 from train.tiny_world.render import random_view, render
 from train.tiny_world.styles import Style

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from autolora.flux.tiny.pipeline import TinyFluxPipeline, assemble
+from autolora.families.tiny.pipeline import TinyFluxPipeline, assemble
 from autolora.fusion import attach, detach
 from autolora.lora import LoRA, save_lora
 from train.tiny_world.captions import caption, cover_captions, prompt

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from autolora.flux.tiny.autoencoder import TinyEncoder
-from autolora.flux.tiny.text import MiniLM
+from autolora.families.tiny.model import TinyEncoder
 from autolora.lora import LoRA, save_lora
+from autolora.minilm import MiniLM
 from train.lora_trainer import LoRAData, LoRATrainConfig, MultiLoRATrainer
 from train.tiny_world.checkpoint import progress
 from train.tiny_world.data import TextTable, Views, render_views

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from autolora.flux.config import PipelineConfig
-from autolora.flux.loading import load_pipeline
-from autolora.flux.portraits import Portraits
+from autolora.config import PipelineConfig
+from autolora.families.load import load_pipeline
 from autolora.fusion import attached
+from autolora.generate.portraits import Portraits
 from autolora.lora import Pool
 from train.tiny_world.checkpoint import progress
 

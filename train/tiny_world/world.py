@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autolora.errors import ConfigError
-from autolora.flux.tiny.config import TinyFluxConfig
+from autolora.families.tiny.model import TinyFluxConfig
 from train.config import read_config
 from train.lora_trainer import LoRATrainConfig
 from train.tiny_world.autoencoder import AutoencoderConfig

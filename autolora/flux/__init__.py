@@ -1,1 +1,0 @@
-"""The base models: layer table, configurations, loading, quantization, portraits."""
