@@ -1,19 +1,30 @@
-"""The HTTP interface: what the page uses, and programs, too."""
+"""The HTTP interface: what the page uses, and programs, too.
+
+Answers of ``POST /api/generate``: whole, or as events while pictures come along.
+
+A LoRA file that somebody sent: looked at outside the pool, then put into it whole.
+
+The pool over HTTP: browsing, covers, checking, adding a file, the index.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
-from collections.abc import AsyncGenerator
+import re
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Query, Request
+from fastapi import APIRouter, FastAPI, Query, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from autolora.console.api_answers import encode_event, finished_answer, png_headers, view_events
+from autolora.console.catalog import PAGE
+from autolora.console.history import Picture
 from autolora.console.jobs import JobView
 from autolora.console.models import (
     CardsRequest,
@@ -25,8 +36,65 @@ from autolora.console.models import (
 )
 from autolora.console.orders import Order, Selection, order_of_report
 from autolora.console.studio import Studio
-from autolora.errors import AutoLoRAError, GenerationError, PoolError, shown
+from autolora.errors import AutoLoRAError, GenerationError, LoRAFormatError, PoolError, shown
 from autolora.request import parse_prompt
+
+
+def picture_answer(picture: Picture, image: bool) -> dict[str, Any]:
+    """Describe a picture, with its file where that is asked for."""
+    png = base64.b64encode(picture.path.read_bytes()).decode("ascii") if image else None
+    return {**picture.to_dict(), "png": png}
+
+
+def finished_answer(pictures: Sequence[Picture], image: bool) -> dict[str, Any]:
+    """Describe all pictures of a job."""
+    return {"pictures": [picture_answer(picture, image) for picture in pictures]}
+
+
+def view_events(view: JobView, sent: int, image: bool) -> Iterator[dict[str, Any]]:
+    """Say what is new in a view.
+
+    Args:
+        view: The job.
+        sent: How many of its pictures were told already.
+        image: Whether to put PNG files in.
+
+    Yields:
+        Events with their name as ``event``.
+    """
+    if view.kind == "pictures":
+        for picture in view.results[sent:]:
+            yield {"event": "picture", **picture_answer(picture, image)}
+    if not view.finished:
+        yield {
+            "event": "progress",
+            "job": view.id,
+            "doing": view.kind,
+            "state": view.state,
+            "position": view.position,
+            "picture": view.task,
+            "pictures": view.tasks,
+            "step": view.done,
+            "steps": view.total,
+        }
+    elif view.state == "done":
+        yield {"event": "done", "pictures": len(view.results)}
+    else:
+        yield {"event": "error", "error": view.error or "The job was stopped."}
+
+
+def encode_event(event: dict[str, Any], sse: bool) -> bytes:
+    """Write an event as a server-sent event, or as a line of JSON."""
+    text = json.dumps(event, ensure_ascii=False)
+    if sse:
+        return f"event: {event['event']}\ndata: {text}\n\n".encode()
+    return text.encode() + b"\n"
+
+
+def png_headers(picture: Picture) -> dict[str, str]:
+    """Headers that go with a bare PNG file; its report is inside it."""
+    return {"X-AutoLoRA-Seed": str(picture.report["seed"]), "Cache-Control": "no-store"}
+
 
 NDJSON = "application/x-ndjson"
 EVENT_STREAM = "text/event-stream"
@@ -262,3 +330,227 @@ def require_pool(studio: Studio, name: str) -> Any:
         return studio.catalog.item(name)
     except PoolError as error:
         raise Missing(str(error)) from error
+
+
+SUFFIX = ".safetensors"
+MAX_NAME = 150
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
+
+
+def check_upload_name(name: str) -> str:
+    """Make sure that a file of this name can be put into the pool.
+
+    Args:
+        name: As the sender gave it.
+
+    Returns:
+        The name.
+
+    Raises:
+        PoolError: It has a folder in it, does not end in .safetensors, or no file can have it.
+    """
+    if not name or _FORBIDDEN.search(name) or name.startswith(".") or not name.isprintable():
+        raise PoolError(
+            f"A file cannot be added under the name {shown(name, 80)!r}; send a plain file name "
+            "without folders, such as my-style.safetensors."
+        )
+    if not name.lower().endswith(SUFFIX) or len(name) > MAX_NAME:
+        raise PoolError(
+            f"{shown(name, 80)} is not a .safetensors file; only those can be added, under names "
+            f"of at most {MAX_NAME} characters."
+        )
+    return name
+
+
+async def receive_file(name: str, chunks: AsyncIterator[bytes], folder: Path) -> Path:
+    """Write what is being sent into a folder of its own, outside any pool.
+
+    Args:
+        name: The checked name.
+        chunks: The file.
+        folder: Where to put it.
+
+    Returns:
+        The file.
+
+    Raises:
+        PoolError: The disk is full or the folder cannot be written.
+    """
+    path = folder / name
+    try:
+        with path.open("wb") as file:
+            async for chunk in chunks:
+                file.write(chunk)
+    except OSError as error:
+        raise PoolError(f"{shown(name)} cannot be received: {shown(error.strerror)}.") from error
+    return path
+
+
+def add_to_pool(file: Path, pool: Path) -> tuple[Path, tuple[str, ...]]:
+    """Check a received file and put it into the pool, whole or not at all.
+
+    Args:
+        file: The file, outside the pool.
+        pool: The pool's folder; made where it is missing.
+
+    Returns:
+        The file in the pool, and what the sender should know.
+
+    Raises:
+        LoRAFormatError: It is not a LoRA that can be used.
+        PoolError: A file of that name, or with the same content, is in the pool already, or it
+            cannot be written.
+    """
+    from autolora.lora.add import add_files
+
+    try:
+        added = add_files(pool, [file])[0]
+    except LoRAFormatError as error:
+        raise LoRAFormatError(_for_sender(error, file, pool)) from error
+    except PoolError as error:
+        raise PoolError(_for_sender(error, file, pool)) from error
+    return added.path, added.notes
+
+
+def _for_sender(error: AutoLoRAError, file: Path, pool: Path) -> str:
+    """Say it to somebody who knows neither the server's folders nor the shell's options."""
+    sentence = str(error)
+    for path in (file, pool):
+        for spelling in (shown(path), str(path)):
+            sentence = sentence.replace(spelling, path.name)
+    said, _, advice = sentence.partition(";")
+    return (
+        f"{said}; rename the file to add it."
+        if "--name" in advice
+        else (f"{said}." if "--" in advice else sentence)
+    )
+
+
+_CHUNK = 1 << 20
+
+
+def make_pool_router(studio: Studio) -> APIRouter:
+    """Make the routes of the pool.
+
+    Args:
+        studio: What they drive.
+    """
+    router = APIRouter(prefix="/api", tags=["pool"])
+    _add_browsing(router, studio)
+    _add_changes(router, studio)
+    return router
+
+
+def _add_browsing(router: APIRouter, studio: Studio) -> None:
+    @router.get("/pool", responses=_BAD)
+    def pool(
+        q: Annotated[str, Query(description="Words in name, title, trigger words or tags.")] = "",
+        tag: str = "",
+        format: str = "",
+        start: Annotated[int, Query(ge=0)] = 0,
+        count: Annotated[int, Query(ge=1, le=240)] = PAGE,
+    ) -> dict[str, Any]:
+        """List LoRAs of the pool, page by page, sorted by title."""
+        studio.desk.look()
+        return studio.catalog.page(q, tag, format, start, count).to_dict()
+
+    @router.get("/check")
+    def check(deep: bool = False) -> StreamingResponse:
+        """Open every file and say what is in it: one JSON object per line as they are read."""
+        return StreamingResponse(_check(studio, deep), media_type=NDJSON)
+
+    @router.get("/cover/{name:path}", response_class=Response, responses=_MISSING)
+    def cover(
+        name: str, n: Annotated[int, Query(ge=0)] = 0, size: Annotated[int, Query(ge=1)] = 256
+    ) -> Response:
+        """Return a cover of a LoRA as a small WebP picture."""
+        item = require_pool(studio, name)
+        try:
+            data = studio.covers.get(item, n, size)
+        except PoolError as error:
+            raise Missing(str(error)) from error
+        headers = {"Cache-Control": "private, max-age=3600"}
+        return Response(data, media_type="image/webp", headers=headers)
+
+    @router.get("/pool/{name:path}", responses=_MISSING)
+    def lora(name: str) -> dict[str, Any]:
+        """Say what is known about a LoRA."""
+        item = require_pool(studio, name)
+        metadata = studio.pipe.pool.metadata(name)
+        facts = {key: value for key, value in metadata.to_dict().items() if key != "covers"}
+        return {**facts, **item.to_dict()}
+
+
+def _check(studio: Studio, deep: bool) -> Iterator[bytes]:
+    """Check reports without the paths of this machine, and how far it is."""
+    from autolora.lora.check import check_entries
+
+    try:
+        pool = studio.pipe.pool
+        pool.refresh()
+    except AutoLoRAError as error:
+        yield dump({"error": str(error)})
+        return
+    root, entries = str(pool.folder), list(pool.entries)
+    for problem in pool.scan_problems:
+        reason = problem.reason.replace(root, "pool")
+        yield dump({"name": problem.path.name, "problem": reason, "total": len(entries)})
+    for done, found in enumerate(check_entries(entries, deep), start=1):
+        report = None if found.report is None else found.report.to_dict()
+        if report is not None:
+            report.pop("matched", None)
+        notes = [*found.notes, *([found.twin.sentence] if found.twin else [])]
+        row = {
+            "name": found.name,
+            "problem": found.problem.replace(root, "pool"),
+            "report": report,
+            "notes": [note.replace(root, "pool") for note in notes],
+            "done": done,
+            "total": len(entries),
+        }
+        yield json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def _add_changes(router: APIRouter, studio: Studio) -> None:
+    @router.post("/pool", responses=_BAD)
+    async def add(file: UploadFile) -> dict[str, Any]:
+        """Add a `.safetensors` file to the pool; the index is brought up to date afterwards."""
+        name = check_upload_name(file.filename or "")
+        with tempfile.TemporaryDirectory(prefix="autolora-upload-") as folder:
+            received = await receive_file(name, _chunks(file), Path(folder))
+            target = studio.pipe.config.pool
+            placed, notes = await asyncio.to_thread(add_to_pool, received, target)
+        await asyncio.to_thread(studio.desk.look, True)
+        job = studio.reindex()
+        return {"name": placed.stem, "notes": list(notes), "job": job.id}
+
+    @router.post("/index", responses=_BAD)
+    async def index(request: Request, rebuild: bool = False) -> StreamingResponse:
+        """Bring the search index up to date: one JSON object per line as files are read."""
+        return StreamingResponse(_index(studio, rebuild), media_type=NDJSON)
+
+
+async def _chunks(file: UploadFile) -> AsyncGenerator[bytes, None]:
+    while chunk := await file.read(_CHUNK):
+        yield chunk
+
+
+async def _index(studio: Studio, rebuild: bool) -> AsyncGenerator[bytes, None]:
+    """Follow the job; it goes on when nobody listens, as other people need the index, too."""
+    job = studio.reindex(rebuild)
+    root = str(studio.pipe.config.pool)
+    async with aclosing(studio.queue.follow(job)) as views:
+        async for view in views:
+            row = {"state": view.state, "done": view.done, "total": view.total}
+            if view.error:
+                row["error"] = view.error.replace(root, "pool")
+            if view.state == "done":
+                row["result"] = _index_result(view.results[0], root)
+            yield dump(row)
+
+
+def _index_result(result: dict[str, Any], root: str) -> dict[str, Any]:
+    left_out = {name: why.replace(root, "pool") for name, why in result["left_out"].items()}
+    encoded, removed = len(result["encoded"]), len(result["removed"])
+    counts = {"loras": result["loras"], "encoded": encoded, "kept": result["kept"]}
+    return {**counts, "removed": removed, "left_out": left_out}

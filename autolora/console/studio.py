@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.console.cards import Card, Plan, SearchDesk, make_plan
-from autolora.console.catalog import Catalog
-from autolora.console.covers import Covers
+from autolora.console.catalog import Catalog, Covers
+from autolora.console.history import Entry, Picture, PictureStore, Visits
 from autolora.console.jobs import Job, JobCancelled, JobQueue, JobView, Task, unexpected
 from autolora.console.orders import Order, Selection, order_of_report
-from autolora.console.pictures import Picture, PictureStore
 from autolora.console.styles import Style, Styles, shipped_styles
-from autolora.console.visits import Entry, Visits
 from autolora.errors import AutoLoRAError, GenerationError, PoolError
 from autolora.lora import Pool
 from autolora.request import make_request

@@ -175,7 +175,7 @@ class PoolSearch:
     def _clip(self) -> TextEncoder:
         """CLIP of the checkpoint, loaded alone when it is first needed."""
         from autolora.families.load import quiet
-        from autolora.retrieval.clip import ClipText
+        from autolora.retrieval.text import ClipText
 
         def load() -> tuple[Any, Any]:
             with quiet():

@@ -7,32 +7,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autolora.retrieval.choosing import choose
-    from autolora.retrieval.encoder import EncoderConfig, LoRAEncoder, TextHead
-    from autolora.retrieval.index import PoolIndex, Provenance
-    from autolora.retrieval.refresh import RefreshReport, refresh_index
+    from autolora.retrieval.encoders import EncoderConfig, LoRAEncoder, TextHead
+    from autolora.retrieval.features import TokenSpec, WeightTokens, weight_tokens
+    from autolora.retrieval.index import PoolIndex, Provenance, RefreshReport, refresh_index
     from autolora.retrieval.retriever import Retriever
-    from autolora.retrieval.search import Hit, Searcher
+    from autolora.retrieval.search import Hit, Searcher, choose
     from autolora.retrieval.text import MiniLMText, TextEncoder
-    from autolora.retrieval.tokens import TokenSpec, WeightTokens, weight_tokens
 
 _HOME = {
-    "EncoderConfig": "encoder",
+    "EncoderConfig": "encoders",
     "Hit": "search",
-    "LoRAEncoder": "encoder",
+    "LoRAEncoder": "encoders",
     "MiniLMText": "text",
     "PoolIndex": "index",
     "Provenance": "index",
-    "RefreshReport": "refresh",
+    "RefreshReport": "index",
     "Retriever": "retriever",
     "Searcher": "search",
     "TextEncoder": "text",
-    "TextHead": "encoder",
-    "TokenSpec": "tokens",
-    "WeightTokens": "tokens",
-    "choose": "choosing",
-    "refresh_index": "refresh",
-    "weight_tokens": "tokens",
+    "TextHead": "encoders",
+    "TokenSpec": "features",
+    "WeightTokens": "features",
+    "choose": "search",
+    "refresh_index": "index",
+    "weight_tokens": "features",
 }
 
 __all__ = [

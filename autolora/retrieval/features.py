@@ -1,19 +1,357 @@
 """Inputs of the encoders, and their flat form for linear ones.
 
 Shape legend: n LoRAs, F features.
+
+Weight tokens: what a LoRA's deltas read and write, whatever factors they are stored as.
+
+Every feature of a layer is a function of the product ``B @ A`` alone, so that replacing ``B, A``
+by ``B M, M^-1 A``, or changing the rank by zero padding, gives the same token. Following the
+paper, queries go through the delta, ``R = Q A^T B^T``; from these responses two descriptions are
+taken, both of unit norm so that direction and strength are features apart:
+
+- *write*: ``R`` sketched on the output side, ``R S / sqrt(d)``: what the delta adds;
+- *read*: the Gram matrix ``R R^T``: which inputs the delta listens to. It does not depend on the
+  basis of the output. In text-side layers the row space of a trained delta holds the directions of
+  its training captions, which is why this part carries over to concepts never seen in training.
+
+Strength is the logarithm of the exact Frobenius norm of ``B A``. Layers that a LoRA does not
+change are masked.
+
+Shape legend: n LoRAs, L layers, P probes, d sketch size, r rank.
+
+Portraits: what a LoRA does, as the change of the base model's first guess of the picture.
+
+A portrait is made elsewhere, ``delta_x0 = -sigma * (v_lora - v_base)`` for a few fixed noises and
+settings (noise level, neutral prompt); here it is a tensor. It is invariant to everything about
+the LoRA's file. Its mean over noises is the direction; how strong it is, and how much the noises
+agree, are features apart.
+
+Shape legend: n LoRAs, S settings, K noises, C latent channels, h x w latent, g grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from autolora.errors import RetrievalError
-from autolora.retrieval.portraits import PortraitTokens
-from autolora.retrieval.tokens import TokenSpec, WeightTokens
+
+if TYPE_CHECKING:
+    from autolora.lora.lora import LoRA
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """How weight tokens are made.
+
+    Attributes:
+        layers: Canonical layers in token order.
+        probes: P, queries that go through each delta.
+        sketch: d, size that the responses are sketched to on the output side.
+        seed: Names the fixed random signs; part of what makes tokens comparable.
+    """
+
+    layers: tuple[str, ...]
+    probes: int = 16
+    sketch: int = 16
+    seed: str = "autolora-tokens-1"
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            RetrievalError: A size that is not positive, or no layer.
+        """
+        if not self.layers or self.probes < 1 or self.sketch < 1:
+            raise RetrievalError(
+                "Weight tokens need at least one layer, one probe and a sketch size of one."
+            )
+
+    @property
+    def write_size(self) -> int:
+        """Numbers that describe what a layer writes."""
+        return self.probes * self.sketch
+
+    @property
+    def read_size(self) -> int:
+        """Numbers that describe what a layer reads."""
+        return self.probes * (self.probes + 1) // 2
+
+    @property
+    def size(self) -> int:
+        """Numbers per token besides the strength."""
+        return self.write_size + self.read_size
+
+
+@dataclass
+class WeightTokens:
+    """Weight tokens of n LoRAs.
+
+    Attributes:
+        features: ``[n, L, write + read]``, each part of unit norm; zero where masked.
+        strength: ``[n, L]``, natural logarithm of the delta's Frobenius norm; zero where masked.
+        mask: ``[n, L]``, true where the LoRA changes the layer.
+    """
+
+    features: Tensor
+    strength: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        """Count the LoRAs."""
+        return len(self.features)
+
+    def __getitem__(self, rows: Tensor | slice) -> WeightTokens:
+        """Select some of the LoRAs."""
+        return WeightTokens(self.features[rows], self.strength[rows], self.mask[rows])
+
+    @staticmethod
+    def cat(parts: Sequence[WeightTokens]) -> WeightTokens:
+        """Join the tokens of several groups of LoRAs."""
+        return WeightTokens(
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.strength for part in parts]),
+            torch.cat([part.mask for part in parts]),
+        )
+
+
+@lru_cache(maxsize=256)
+def random_signs(seed: str, rows: int, columns: int) -> Tensor:
+    """Fixed random signs, the same on every machine and with every library version.
+
+    They are the bits of SHAKE-256, since the streams of numeric libraries may change.
+
+    Args:
+        seed: Any text.
+        rows: Rows of the result.
+        columns: Columns of the result.
+
+    Returns:
+        ``[rows, columns]`` of -1 and 1, float32. Do not write to it.
+    """
+    count = rows * columns
+    raw = hashlib.shake_256(f"{seed}/{rows}x{columns}".encode()).digest((count + 7) // 8)
+    bits = np.unpackbits(np.frombuffer(raw, np.uint8), count=count)
+    return torch.from_numpy(bits.astype(np.float32) * 2 - 1).view(rows, columns)
+
+
+def delta_norm(A: Tensor, B: Tensor) -> Tensor:
+    """Frobenius norm of ``B @ A`` from the factors.
+
+    ``|BA|^2 = sum((B^T B) * (A A^T))``, which never forms the dense delta.
+
+    Args:
+        A: ``[r, in]``.
+        B: ``[out, r]``.
+
+    Returns:
+        A scalar.
+    """
+    return ((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt()
+
+
+def weight_tokens(
+    lora: LoRA, spec: TokenSpec, probes: Mapping[str, Tensor] | None = None
+) -> WeightTokens:
+    """Make the weight tokens of one LoRA.
+
+    Args:
+        lora: The adapter. Layers that are not in `spec` are not looked at.
+        spec: Layers and sizes.
+        probes: Queries ``[P, in]`` by layer, as `fit_probes` makes them; fixed random signs,
+            shared by all layers that read the same width, for layers that have none.
+
+    Returns:
+        Tokens of one LoRA (n = 1).
+
+    Raises:
+        RetrievalError: A layer's input size is not that of its probes, which means that the
+            probes were made for another base model.
+    """
+    features = torch.zeros(1, len(spec.layers), spec.size)
+    strength = torch.zeros(1, len(spec.layers))
+    mask = torch.zeros(1, len(spec.layers), dtype=torch.bool)
+    for position, layer in enumerate(spec.layers):
+        if layer not in lora:
+            continue
+        A, B = lora.leading_factors(layer)
+        norm = delta_norm(A, B)
+        if norm <= _TINY:
+            # A delta of zero says nothing; it is the same as a missing layer.
+            continue
+        query = _probe(spec, layer, A.shape[1], probes)
+        features[0, position] = _describe(spec, query, A, B)
+        strength[0, position] = norm.log()
+        mask[0, position] = True
+    return WeightTokens(features, strength, mask)
+
+
+def _probe(
+    spec: TokenSpec, layer: str, in_features: int, probes: Mapping[str, Tensor] | None
+) -> Tensor:
+    fitted = None if probes is None else probes.get(layer)
+    if fitted is None:
+        return random_signs(f"{spec.seed}/in", spec.probes, in_features)
+    if fitted.shape != (spec.probes, in_features):
+        raise RetrievalError(
+            f"The retriever's probes of layer {layer} have {fitted.shape[1]} inputs, but the LoRA "
+            f"has {in_features}; the retriever was trained for another base model."
+        )
+    return fitted
+
+
+def _describe(spec: TokenSpec, query: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Write and read parts of one layer, ``[write + read]``."""
+    narrow = query @ A.T  # [P, r]
+    sketch = random_signs(f"{spec.seed}/out", B.shape[0], spec.sketch)
+    write = narrow @ (B.T @ sketch)  # [P, d]
+    gram = narrow @ (B.T @ B) @ narrow.T  # [P, P] = R R^T
+    rows, columns = torch.triu_indices(spec.probes, spec.probes)
+    # Off-diagonal entries stand for two, so that dot products equal those of the full matrices.
+    read = gram[rows, columns] * torch.where(rows == columns, 1.0, 2.0**0.5)
+    return torch.cat([_unit(write.flatten()), _unit(read)])
+
+
+def _unit(vector: Tensor) -> Tensor:
+    return vector / vector.norm().clamp_min(_TINY)
+
+
+def fit_probes(loras: Iterable[LoRA], spec: TokenSpec) -> dict[str, Tensor]:
+    """Find the input directions that a pool's deltas read most, to use as probes.
+
+    Per layer these are the leading eigenvectors of the mean of ``(BA)^T (BA) / |BA|^2``, the best
+    P directions in the sense of explained energy, with no training.
+
+    Args:
+        loras: Adapters to fit to; only those for training.
+        spec: Layers and number of probes.
+
+    Returns:
+        Orthonormal queries ``[P, in]`` by layer, for layers that some LoRA changes and that are
+        wide enough; the others keep random ones.
+    """
+    moments: dict[str, Tensor] = {}
+    for lora in loras:
+        for layer in spec.layers:
+            if layer not in lora:
+                continue
+            A, B = lora.leading_factors(layer)
+            norm = delta_norm(A, B)
+            if norm > _TINY:
+                moment = A.T @ (B.T @ B) @ A / norm.square()
+                moments[layer] = moments[layer] + moment if layer in moments else moment
+    return {
+        layer: torch.linalg.eigh(moment.double()).eigenvectors[:, -spec.probes :].T.flip(0).float()
+        for layer, moment in moments.items()
+        if moment.shape[0] >= spec.probes
+    }
+
+
+_SMALLEST_CHANGE = 1e-8
+
+
+@dataclass(frozen=True)
+class PortraitSpec:
+    """What portraits an encoder takes.
+
+    Attributes:
+        settings: S, number of settings.
+        channels: C, latent channels.
+        grid: g, portraits are averaged down to ``g x g``; larger ones than that are blurred.
+    """
+
+    settings: int
+    channels: int
+    grid: int = 8
+
+    @property
+    def size(self) -> int:
+        """Numbers of one setting's picture."""
+        return self.channels * self.grid * self.grid
+
+    def check(self, portraits: Tensor) -> None:
+        """Make sure that portraits have this shape.
+
+        Args:
+            portraits: ``[n, S, K, C, h, w]``.
+
+        Raises:
+            RetrievalError: They have not.
+        """
+        good = portraits.ndim == 6 and portraits.shape[1] == self.settings
+        if not good or portraits.shape[3] != self.channels or portraits.shape[2] < 1:
+            raise RetrievalError(
+                f"Portraits of shape {list(portraits.shape)} do not fit the retriever, which was "
+                f"trained on [n, {self.settings}, noises, {self.channels}, h, w]; make them with "
+                "the same settings."
+            )
+
+
+@dataclass
+class PortraitTokens:
+    """Portrait tokens of n LoRAs.
+
+    Attributes:
+        pictures: ``[n, S, C, g, g]``, mean over noises, each of unit norm.
+        scalars: ``[n, S, 2]``: natural logarithm of the norm, and agreement of the noises (norm of
+            the mean over mean of the norms, in [0, 1]).
+    """
+
+    pictures: Tensor
+    scalars: Tensor
+
+    def __len__(self) -> int:
+        """Count the LoRAs."""
+        return len(self.pictures)
+
+    def __getitem__(self, rows: Tensor | slice) -> PortraitTokens:
+        """Select some of the LoRAs."""
+        return PortraitTokens(self.pictures[rows], self.scalars[rows])
+
+
+def portrait_tokens(
+    portraits: Tensor, spec: PortraitSpec, noises: Tensor | None = None
+) -> PortraitTokens:
+    """Make portrait tokens.
+
+    Args:
+        portraits: ``[n, S, K, C, h, w]``, or ``[S, K, C, h, w]`` of one LoRA.
+        spec: Shape of the tokens.
+        noises: Indices of the noises to use; all when None. Random subsets augment training.
+
+    Returns:
+        The tokens.
+
+    Raises:
+        RetrievalError: The portraits do not fit `spec`.
+    """
+    if portraits.ndim == 5:
+        portraits = portraits[None]
+    spec.check(portraits)
+    if noises is not None:
+        portraits = portraits[:, :, noises]
+    portraits = portraits.float()
+    mean = portraits.mean(2)  # [n, S, C, h, w]
+    each = portraits.flatten(3).norm(dim=-1).mean(2)  # [n, S]
+    norm = mean.flatten(2).norm(dim=-1)
+    pictures = F.adaptive_avg_pool2d(mean.flatten(0, 1), spec.grid)
+    pictures = F.normalize(pictures.flatten(1), dim=-1, eps=_SMALLEST_CHANGE)
+    pictures = pictures.view(*mean.shape[:3], spec.grid, spec.grid)
+    scalars = torch.stack(
+        [norm.clamp_min(_SMALLEST_CHANGE).log(), norm / each.clamp_min(_SMALLEST_CHANGE)], -1
+    )
+    return PortraitTokens(pictures, scalars)
+
 
 GROUPS = ("portrait", "read", "write")
 

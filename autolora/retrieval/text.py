@@ -1,13 +1,27 @@
-"""Text encoders: what turns captions, metadata and prompts into vectors."""
+"""Text encoders: what turns captions, metadata and prompts into vectors.
+
+FLUX.1's CLIP as a `TextEncoder`, calibrated on the spot.
+
+CLIP's text vectors lie in a narrow cone: any two texts have a cosine well above zero, and what is
+near depends on the checkpoint. So the mean over a fixed list of texts is taken off, and the cosine
+at which two names mean the same thing is measured on pairs that do and pairs that merely share
+their kind, instead of being assumed. Where an encoder cannot tell the two apart, its similarities
+only order a pool and choose nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from autolora.errors import RetrievalError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class TextEncoder(Protocol):
@@ -122,3 +136,146 @@ def check_text_encoder(wanted: str, encoder: TextEncoder) -> None:
             f"The retriever was trained on text vectors of {wanted}, but the text encoder here is "
             f"{encoder.name}; use that encoder, or train the retriever again."
         )
+
+
+BATCH = 64
+MIN_SEPARATION = 1.0
+"""Distance of the two kinds of pairs, in standard deviations, below which nothing is told apart."""
+
+_SAME = (
+    "cat/kitty truck/lorry horse/pony ship/vessel plane/aircraft house/home boy/lad rock/boulder "
+    "forest/woods photo/photograph painting/artwork robot/android monster/creature child/kid "
+    "ocean/sea street/road rabbit/bunny doctor/physician bike/bicycle sofa/couch"
+)
+_SIBLINGS = (
+    "cat/lion truck/bus horse/donkey ship/canoe plane/helicopter house/barn boy/man rock/sand "
+    "forest/meadow photo/painting painting/sculpture robot/astronaut monster/dragon child/parent "
+    "ocean/lake street/tunnel rabbit/squirrel doctor/nurse bike/scooter sofa/chair"
+)
+
+
+class Logistic(NamedTuple):
+    """Probability that two texts mean the same, by their cosine.
+
+    Attributes:
+        centre: Cosine at which it is as likely as not.
+        slope: Steepness there.
+    """
+
+    centre: float
+    slope: float
+
+
+class ClipText:
+    """CLIP's pooled text vectors, centred and of unit length.
+
+    Args:
+        load: Gives tokenizer and model; the model gives pooled vectors first. Called when the
+            encoder is first needed.
+        cache_size: How many texts' vectors to keep.
+    """
+
+    def __init__(self, load: Callable[[], tuple[Any, nn.Module]], cache_size: int = 4096) -> None:
+        self._load = load
+        self._cache = VectorCache(cache_size)
+
+    @classmethod
+    def from_modules(cls, tokenizer: Any, model: nn.Module) -> ClipText:
+        """Use modules that are loaded already."""
+        return cls(lambda: (tokenizer, model))
+
+    @cached_property
+    def name(self) -> str:
+        """Name that tells checkpoints apart."""
+        import torch
+
+        weights = list(self._modules[1].parameters())
+        digest = hashlib.sha256()
+        for weight in (weights[0], weights[-1]):
+            sample = weight.detach().flatten()[:65536].to("cpu", torch.float32)
+            digest.update(sample.numpy().tobytes())
+        return f"clip-{self.dim}-{digest.hexdigest()[:12]}"
+
+    @cached_property
+    def dim(self) -> int:
+        """Length of the vectors."""
+        return int(self._mean.shape[0])
+
+    @cached_property
+    def logistic(self) -> Logistic | None:
+        """How cosines are read; None where they only order."""
+        return fit_logistic(self.encode)
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """Encode texts.
+
+        Args:
+            texts: n texts.
+
+        Returns:
+            Unit vectors ``[n, D]``, float32.
+        """
+        import torch
+
+        def centred(new: list[str]) -> Tensor:
+            return torch.nn.functional.normalize(self._pooled(new) - self._mean, dim=-1)
+
+        found = self._cache.encode(texts, centred)
+        return torch.stack(found) if found else torch.zeros(0, self.dim)
+
+    @cached_property
+    def _modules(self) -> tuple[Any, nn.Module]:
+        return self._load()
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        words = {word for pair in _pairs(_SAME) + _pairs(_SIBLINGS) for word in pair}
+        return self._pooled(sorted(words)).mean(0)
+
+    def _pooled(self, texts: Sequence[str]) -> Tensor:
+        import torch
+
+        tokenizer, model = self._modules
+        device = next(model.parameters()).device
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(texts), BATCH):
+                ids = tokenizer(
+                    list(texts[start : start + BATCH]),
+                    padding="max_length",
+                    max_length=tokenizer.model_max_length,
+                    truncation=True,
+                    return_tensors="pt",
+                ).input_ids
+                parts.append(model(ids.to(device))[0].float().cpu())
+        vectors: Tensor = torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+        return vectors
+
+
+def fit_logistic(encode: Callable[[list[str]], Tensor]) -> Logistic | None:
+    """Measure at which cosine two names mean the same thing.
+
+    Linear discriminant analysis in one dimension on pairs of synonyms and pairs of the same kind.
+
+    Args:
+        encode: Gives unit vectors.
+
+    Returns:
+        The logistic, or None where the two kinds of pairs cannot be told apart.
+    """
+    same, siblings = (_cosines(encode, text) for text in (_SAME, _SIBLINGS))
+    near, far = float(same.mean()), float(siblings.mean())
+    variance = float((same.var() + siblings.var()) / 2)
+    if variance <= 0 or (near - far) < MIN_SEPARATION * variance**0.5:
+        return None
+    return Logistic((near + far) / 2, (near - far) / variance)
+
+
+def _cosines(encode: Callable[[list[str]], Tensor], text: str) -> Tensor:
+    pairs = _pairs(text)
+    left, right = (encode([pair[side] for pair in pairs]) for side in (0, 1))
+    return (left * right).sum(-1)
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    return [(first, second) for first, _, second in (p.partition("/") for p in text.split())]

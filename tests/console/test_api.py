@@ -11,8 +11,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from autolora.console.api import check_upload_name
 from autolora.console.jobs import Task
-from autolora.console.uploads import check_upload_name
 from autolora.errors import PoolError
 from autolora.generate.report import read_report
 from autolora.lora import save_lora

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from autolora.console.catalog import Catalog, Item
-from autolora.console.covers import Covers
+from autolora.console.catalog import Catalog, Covers, Item
 from autolora.errors import PoolError
 from autolora.lora import Pool, save_lora
 from tests.conftest import random_factors
@@ -132,7 +131,7 @@ def test_a_cover_with_too_many_bytes_or_pixels_is_refused(tmp_path: Path, monkey
     item = make_item(tmp_path / "x.safetensors", cover)
     for limit, message in (("MAX_COVER_BYTES", "too large"), ("MAX_PIXELS", "too many pixels")):
         with monkeypatch.context() as patched:
-            patched.setattr(f"autolora.console.covers.{limit}", 10)
+            patched.setattr(f"autolora.console.catalog.{limit}", 10)
             with pytest.raises(PoolError, match=message):
                 Covers(tmp_path / "small").get(item)
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 
-from autolora.console.forms import VALUES, Forms, part_labels
 from autolora.console.guard import VISIT_COOKIE
-from autolora.console.labels import LABELS, LANGUAGES, label, language_of
+from autolora.console.i18n import LABELS, LANGUAGES, label, language_of
+from autolora.console.page import VALUES, Forms, part_labels
 from autolora.console.server import STATIC, make_app
 from autolora.errors import GenerationError
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from autolora.console.history import MAX_ENTRIES, MAX_VISITS, Entry, Visits
 from autolora.console.jobs import JobQueue
 from autolora.console.orders import Order, Selection, order_of_report
 from autolora.console.studio import Studio
-from autolora.console.visits import MAX_ENTRIES, MAX_VISITS, Entry, Visits
 from autolora.errors import (
     AutoLoRAError,
     ConfigError,

@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 
-from autolora.retrieval.choosing import answered_words, choose, greedy_cover
-from autolora.retrieval.concepts import find_concepts, read_words
-from autolora.retrieval.index import PoolIndex, Provenance
-from autolora.retrieval.records import Record
-from autolora.retrieval.search import Evidence, Findings, Searcher
-from autolora.retrieval.vectors import build_vectors
+from autolora.retrieval.index import PoolIndex, Provenance, Record, build_vectors
+from autolora.retrieval.prompt_terms import find_concepts, read_words
+from autolora.retrieval.search import (
+    Evidence,
+    Findings,
+    Searcher,
+    answered_words,
+    choose,
+    greedy_cover,
+)
 from tests.retrieval.synthetic import WordVectors
 
 WORDS = WordVectors()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from autolora.retrieval.clip import _SAME, _SIBLINGS, ClipText, Logistic, _pairs, fit_logistic
+from autolora.retrieval.text import _SAME, _SIBLINGS, ClipText, Logistic, _pairs, fit_logistic
 
 SYNONYMS = {pair[1]: pair[0] for pair in _pairs(_SAME)}
 

@@ -1,6 +1,6 @@
 import pytest
 
-from autolora.retrieval.concepts import find_concepts, find_phrase, read_words, stem, stems
+from autolora.retrieval.prompt_terms import find_concepts, find_phrase, read_words, stem, stems
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,23 @@ from torch.nn import functional as F
 
 from autolora.errors import RetrievalError
 from autolora.lora import LoRA
-from autolora.retrieval.baseline import PaperEncoder, paper_loss, project_text, stack_factors
-from autolora.retrieval.encoder import EncoderConfig, LoRAEncoder, TextHead
-from autolora.retrieval.features import FlatSpec, LoRAInputs
-from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
-from autolora.retrieval.ridge import RidgeEncoder
-from autolora.retrieval.tokens import TokenSpec, WeightTokens
-from autolora.retrieval.whitening import TextWhitening
+from autolora.retrieval.encoders import (
+    EncoderConfig,
+    LoRAEncoder,
+    RidgeEncoder,
+    TextHead,
+    TextWhitening,
+)
+from autolora.retrieval.features import (
+    FlatSpec,
+    LoRAInputs,
+    PortraitSpec,
+    TokenSpec,
+    WeightTokens,
+    portrait_tokens,
+)
 from tests.retrieval.synthetic import LAYERS, WordVectors, concept_lora, concept_names
+from train.retrieval.baseline import PaperEncoder, paper_loss, project_text, stack_factors
 
 SPEC = TokenSpec(tuple(LAYERS), probes=4, sketch=4)
 PORTRAIT = PortraitSpec(settings=2, channels=3, grid=4)

@@ -11,13 +11,16 @@ import torch
 from autolora.errors import LoRAFormatError, RetrievalError
 from autolora.lora import LoRA, Pool
 from autolora.retrieval import index as index_module
-from autolora.retrieval.index import PoolIndex, Provenance, current_generation
-from autolora.retrieval.records import metadata_texts, readable
-from autolora.retrieval.refresh import refresh_index
-from autolora.retrieval.vectors import (
+from autolora.retrieval.index import (
+    PoolIndex,
+    Provenance,
     build_vectors,
     choose_kind,
+    current_generation,
     get_vectors,
+    metadata_texts,
+    readable,
+    refresh_index,
     search_vectors,
     write_vectors,
 )

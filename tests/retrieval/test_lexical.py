@@ -1,8 +1,7 @@
 """Names that stand in a prompt, found without a scan."""
 
-from autolora.retrieval.concepts import read_words
-from autolora.retrieval.lexical import WordIndex
-from autolora.retrieval.records import TextRow
+from autolora.retrieval.index import TextRow
+from autolora.retrieval.prompt_terms import WordIndex, read_words
 
 
 def test_word_index_equals_a_scan() -> None:

@@ -1,7 +1,7 @@
 """What of a LoRA's metadata is searched, and how a change of it is seen."""
 
 from autolora.lora import Metadata
-from autolora.retrieval.records import metadata_texts, sidecar_stamps
+from autolora.retrieval.index import metadata_texts, sidecar_stamps
 
 
 def test_frequent_caption_words_stand_in_for_tags() -> None:

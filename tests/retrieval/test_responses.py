@@ -3,14 +3,14 @@ import torch
 
 from autolora.errors import RetrievalError
 from autolora.lora import LoRA
-from autolora.retrieval.features import LoRAInputs
-from autolora.retrieval.responses import (
+from autolora.retrieval.encoders import (
     ResponseEncoder,
     fit_queries,
     half_vector,
     read_factors,
     stack_reads,
 )
+from autolora.retrieval.features import LoRAInputs
 
 LAYER = "blocks.0.attn.b_to_qkv"
 OTHER = "blocks.1.attn.b_to_qkv"

@@ -15,13 +15,18 @@ from autolora.retrieval.calibration import (
     fit_calibration,
     standard_scores,
 )
-from autolora.retrieval.encoder import LoRAEncoder
-from autolora.retrieval.features import FlatSpec, LoRAInputs
-from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
+from autolora.retrieval.encoders import LoRAEncoder, RidgeEncoder, TextWhitening
+from autolora.retrieval.features import (
+    FlatSpec,
+    LoRAInputs,
+    PortraitSpec,
+    TokenSpec,
+    WeightTokens,
+    fit_probes,
+    portrait_tokens,
+    weight_tokens,
+)
 from autolora.retrieval.retriever import FORMAT, Retriever, RetrieverSpec
-from autolora.retrieval.ridge import RidgeEncoder
-from autolora.retrieval.tokens import TokenSpec, WeightTokens, fit_probes, weight_tokens
-from autolora.retrieval.whitening import TextWhitening
 from tests.retrieval.synthetic import LAYERS, WordVectors, concept_lora, concept_names
 
 TOKENS = TokenSpec(tuple(LAYERS), probes=6, sketch=4)

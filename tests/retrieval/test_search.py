@@ -11,16 +11,19 @@ from autolora.errors import RetrievalError
 from autolora.lora import Pool, save_lora
 from autolora.retrieval import Hit, Searcher, choose
 from autolora.retrieval.calibration import fit_calibration, standard_scores
-from autolora.retrieval.clip import Logistic
-from autolora.retrieval.features import FlatSpec, LoRAInputs
-from autolora.retrieval.index import Provenance
-from autolora.retrieval.records import TextRow
-from autolora.retrieval.refresh import refresh_index
+from autolora.retrieval.encoders import RidgeEncoder, TextWhitening
+from autolora.retrieval.features import (
+    FlatSpec,
+    LoRAInputs,
+    TokenSpec,
+    WeightTokens,
+    fit_probes,
+    weight_tokens,
+)
+from autolora.retrieval.index import Provenance, TextRow, refresh_index
 from autolora.retrieval.retriever import Retriever, RetrieverSpec
-from autolora.retrieval.ridge import RidgeEncoder
 from autolora.retrieval.search import Evidence, Findings, combine, reciprocal_rank_fusion
-from autolora.retrieval.tokens import TokenSpec, WeightTokens, fit_probes, weight_tokens
-from autolora.retrieval.whitening import TextWhitening
+from autolora.retrieval.text import Logistic
 from tests.retrieval.synthetic import LAYERS, WordVectors, concept_lora, concept_names, factors_of
 
 WORDS = WordVectors()

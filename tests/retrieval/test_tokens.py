@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autolora.errors import RetrievalError
 from autolora.lora import LoRA
-from autolora.retrieval.tokens import (
+from autolora.retrieval.features import (
     TokenSpec,
     delta_norm,
     fit_probes,

@@ -18,12 +18,18 @@ from torch import Tensor
 from autolora.errors import AutoLoRAError, ConfigError
 from autolora.families.flux1.tables import layer_sort_key
 from autolora.lora import LoRA, Metadata, Pool
-from autolora.retrieval.concepts import stem, stems
-from autolora.retrieval.features import LoRAInputs
-from autolora.retrieval.portraits import PortraitSpec, portrait_tokens
-from autolora.retrieval.responses import read_factors, stack_reads
+from autolora.retrieval.encoders import read_factors, stack_reads
+from autolora.retrieval.features import (
+    LoRAInputs,
+    PortraitSpec,
+    TokenSpec,
+    WeightTokens,
+    fit_probes,
+    portrait_tokens,
+    weight_tokens,
+)
+from autolora.retrieval.prompt_terms import stem, stems
 from autolora.retrieval.text import TextEncoder
-from autolora.retrieval.tokens import TokenSpec, WeightTokens, fit_probes, weight_tokens
 from train.retrieval.activations import text_activations
 from train.retrieval.config import RetrieverTrainConfig
 

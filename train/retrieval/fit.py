@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autolora.families.flux1.tables import parse_layer
-from autolora.retrieval.baseline import (
+from autolora.retrieval.encoders import LoRAEncoder, RidgeEncoder, TextWhitening
+from autolora.retrieval.features import FlatSpec, LoRAInputs, TokenSpec, portrait_tokens
+from autolora.retrieval.retriever import Encoder
+from train.retrieval.baseline import (
     PaperEncoder,
     StackedFactors,
     paper_loss,
@@ -23,17 +26,10 @@ from autolora.retrieval.baseline import (
     project_text,
     stack_factors,
 )
-from autolora.retrieval.encoder import LoRAEncoder
-from autolora.retrieval.features import FlatSpec, LoRAInputs
-from autolora.retrieval.losses import ContrastiveLoss
-from autolora.retrieval.metrics import Metrics, evaluate
-from autolora.retrieval.portraits import portrait_tokens
-from autolora.retrieval.retriever import Encoder
-from autolora.retrieval.ridge import RidgeEncoder
-from autolora.retrieval.tokens import TokenSpec
-from autolora.retrieval.whitening import TextWhitening
 from train.retrieval.config import RetrieverTrainConfig
 from train.retrieval.data import Features, PoolData
+from train.retrieval.losses import ContrastiveLoss
+from train.retrieval.metrics import Metrics, evaluate
 
 Refit = Callable[[Tensor], Encoder]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autolora.errors import ConfigError
 from autolora.retrieval.calibration import fit_calibration, standard_scores
-from autolora.retrieval.responses import ResponseEncoder
+from autolora.retrieval.encoders import ResponseEncoder
 from autolora.retrieval.retriever import Retriever
 from autolora.retrieval.text import TextEncoder
 from train.retrieval.data import Features, PoolData

@@ -17,13 +17,13 @@ from autolora.retrieval.calibration import (
     fit_calibration,
     standard_scores,
 )
-from autolora.retrieval.metrics import Metrics, chance, evaluate
-from autolora.retrieval.records import metadata_texts
+from autolora.retrieval.index import metadata_texts
 from autolora.retrieval.retriever import Encoder, Retriever, RetrieverSpec
 from autolora.retrieval.text import TextEncoder
 from train.retrieval.config import RetrieverTrainConfig
 from train.retrieval.data import Features, PoolData, Split, data_hash
 from train.retrieval.fit import Candidate, PaperFit, captions_of, family_inputs, same_concept
+from train.retrieval.metrics import Metrics, chance, evaluate
 
 BANK = 256
 UNRELATED = (

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autolora.retrieval.encoders import ResponseEncoder
 from autolora.retrieval.features import LoRAInputs
-from autolora.retrieval.losses import ContrastiveLoss
-from autolora.retrieval.responses import ResponseEncoder
 from autolora.retrieval.retriever import Encoder
 from train.retrieval.config import RetrieverTrainConfig
 from train.retrieval.data import Features, PoolData
 from train.retrieval.fit import Candidate, family_inputs, pick_captions, validate
+from train.retrieval.losses import ContrastiveLoss
 
 
 def fit_responses(

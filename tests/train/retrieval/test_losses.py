@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from autolora.retrieval.losses import ContrastiveLoss, multi_positive_info_nce
+from train.retrieval.losses import ContrastiveLoss, multi_positive_info_nce
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from autolora.console.api import check_upload_name
+from autolora.console.i18n import CHINESE, ENGLISH, PHRASES, compiled
 from autolora.console.orders import Order, Selection
-from autolora.console.phrases import CHINESE, ENGLISH, PHRASES, compiled
-from autolora.console.uploads import check_upload_name
 from autolora.errors import AutoLoRAError
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autolora.retrieval.metrics import best_ranks, chance, evaluate
+from train.retrieval.metrics import best_ranks, chance, evaluate
 
 
 def naive_rank(scores: list[float], positives: list[bool]) -> int:
