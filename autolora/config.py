@@ -149,7 +149,7 @@ def hub_reference(text: str) -> HubReference | None:
     """Read ``owner/name`` or ``owner/name:pattern``; None where the text is a path.
 
     Args:
-        text: What a configuration says; `autolora.config.load_config` has made relative paths
+        text: What a configuration says; `load_config` has made relative paths
             of things that exist absolute.
     """
     match = _HUB_REFERENCE.fullmatch(text)

@@ -3,10 +3,11 @@
 Every entry of the header is checked before data is read, so that every damage has one clear
 sentence. Layout of the format: 8 bytes header length (unsigned, little-endian), a JSON header, then
 the data (https://github.com/huggingface/safetensors). Data is copied, not mapped: people copy new
-files over old ones, which changes or ends a program that has the old one mapped. Nothing in this
-module but `read_tensors` needs torch.
+files over old ones, which changes or ends a program that has the old one mapped.
 
-Headers of checkpoint files: names, shapes and whether the file is whole. Needs no torch.
+Of base models only the headers are read here: names, shapes, whether the file is whole, and a
+`Recipe` of what each tensor of a module is made of. Nothing in this module but `read_tensors` and
+`cook` needs torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Finding the same LoRA under two names: copies, other headers, other formats, other precisions.
 
-What counts is what a file changes (`autolora.lora.check`), not its bytes.
+What counts is what a file changes (`Fingerprint`), not its bytes.
 
 A few numbers that say what a LoRA changes, so that the same one is known in any format.
 

@@ -1,7 +1,7 @@
 """Weight changes of one layer: pieces on its output rows, joined exactly.
 
 Shapes: ``r`` is the rank of one piece, ``R`` the joined rank of a layer, ``out`` and ``in`` the
-layer's features. A piece is a change of some output rows (`autolora.lora.deltas`), and with
+layer's features. A piece is a change of some output rows, and with
 DoRA (https://arxiv.org/abs/2402.09353, equation 5) also their length:
 ``W' = magnitude * (W + change) / norm(W + change)``, of which the delta is ``W' - W``.
 
