@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from autolora import AutoLoRAPipeline
-from autolora.families.load import load_config, load_pipeline
+from autolora.config import load_config
+from autolora.families.load import load_pipeline
 
 PROMPT = "a neon elephant on a blue background"
 ASKED = [("rocket", 1.0)]  # beside the two that retrieval takes

@@ -53,7 +53,8 @@ def tiny_models(device: str) -> tuple[Any, nn.Module, torch.dtype]:
     """The shipped pipeline in float8, the same transformer with plain linears, and the type."""
     import dataclasses
 
-    from autolora.families.load import load_config, load_pipeline
+    from autolora.config import load_config
+    from autolora.families.load import load_pipeline
 
     config = dataclasses.replace(load_config("tiny"), device=device)
     pipe = load_pipeline(config)

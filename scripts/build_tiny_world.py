@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
+from autolora.config import load_config
 from autolora.errors import AutoLoRAError
-from autolora.families.load import load_config
 from autolora.families.tiny.weights import SHIPPED, load_tiny, save_tiny
 from autolora.lora import LoRA
 from autolora.minilm import shared_minilm

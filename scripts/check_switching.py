@@ -65,7 +65,8 @@ def autolora(folder: Path, steps: int) -> tuple[Switch, Draw]:
 
 def rival(name: str, folder: Path, steps: int) -> tuple[Switch, Draw]:
     """DiffSynth or PEFT beside the same model and the same sampler."""
-    from autolora.families.load import load_config, load_pipeline
+    from autolora.config import load_config
+    from autolora.families.load import load_pipeline
     from autolora.generate.sample import denoise
     from autolora.request import make_request
     from scripts.switching.programs import DiffSynth, PeftHotswap

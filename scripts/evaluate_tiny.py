@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from autolora import Pool
-from autolora.families.load import load_config, load_pipeline, quiet
+from autolora.config import load_config
+from autolora.families.load import load_pipeline, quiet
 from autolora.fusion import GateBank, attached, load_gates
 from train.retrieval.config import load_config as read_config
 from train.tiny_world.captions import prompt

@@ -98,7 +98,8 @@ def encode_text(pipe: Any, text: str, length: int) -> tuple[torch.Tensor, torch.
 
 def load_for_training(model: str) -> Any:
     """The frozen base model: float32 where it is tiny, else bfloat16, half of float32's memory."""
-    from autolora.families.load import load_config, load_pipeline
+    from autolora.config import load_config
+    from autolora.families.load import load_pipeline
 
     config = load_config(model)
     storage = "float32" if config.kind == "tiny" else "bfloat16"

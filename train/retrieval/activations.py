@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autolora.config import load_config
 from autolora.errors import ConfigError
-from autolora.families.load import load_config, load_pipeline, text_length_for
+from autolora.families.load import load_pipeline, text_length_for
 
 _NOISE_SEED = 0
 

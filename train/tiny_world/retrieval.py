@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from autolora import AutoLoRAPipeline, Pool
-from autolora.families.load import load_config
+from autolora.config import load_config
 from autolora.lora import save_lora
 from train.retrieval.config import RetrieverTrainConfig
 from train.retrieval.data import in_test
