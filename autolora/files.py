@@ -6,8 +6,7 @@ Which paths of a folder of people's files are taken: links that leave it and nam
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,14 +28,12 @@ def replacing(target: Path, suffix: str = ".part") -> Iterator[Path]:
         OSError: It cannot be written; nothing is left behind, and a file that was there stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=target.parent, prefix=f".{target.stem[:40]}.", suffix=suffix
-    )
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.stem[:40]}.{secrets.token_hex(8)}{suffix}")
+    temporary.touch(exist_ok=False)
+    permissions = temporary.stat().st_mode  # those that its owner's files have
     try:
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes the file private to its owner
+        temporary.chmod(permissions)  # safetensors makes files private to their owner
         temporary.replace(target)
     finally:
         with contextlib.suppress(OSError):

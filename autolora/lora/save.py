@@ -4,11 +4,9 @@ The bytes depend on the content alone: keys and metadata are sorted, so that the
 the same file hash.
 """
 
-import contextlib
 import json
 import math
 import os
-import secrets
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from autolora.errors import LoRAFormatError, shown
 from autolora.families.flux1.tables import output_slices, parse_layer
+from autolora.files import replacing
 from autolora.lora.deltas import check_pair, is_finite
 from autolora.lora.formats import FORMATS, Format, format_named
 
@@ -180,19 +179,13 @@ def _write_atomically(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> Path:
     header, data = _serialize(tensors, metadata)
-    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(header)))
             file.write(header)
             file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise LoRAFormatError(f"{shown(path)} cannot be written: {shown(error)}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return path
