@@ -292,7 +292,8 @@ class PipelineConfig:
     storage: str = "float8"
     """What the transformer's linear layers are kept in: one of `STORAGES`."""
     compute: str = "auto"
-    """What they compute in; ``auto`` follows storage, or else the device (float32 on a CPU)."""
+    """What they compute in; ``auto`` follows storage, or else the device: bfloat16
+    on a GPU and on a CPU with AVX512-BF16 or AMX, float32 on other CPUs."""
     device: str = "auto"
     """A torch device; ``auto`` is the first GPU, or else the CPU."""
     pool: Path = Path("lora_pool")

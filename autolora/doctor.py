@@ -15,6 +15,7 @@ from autolora.families.flux1.part_files import flux_sizes, model_sizes
 from autolora.families.flux1.sizes import FLUX1_DEV, ModelSizes
 from autolora.runtime.checkpoints import TOKENIZERS, Located, download_command, locate, several
 from autolora.runtime.hardware import (
+    bfloat16_instructions,
     Hardware,
     all_cards,
     hardware_of,
@@ -68,6 +69,7 @@ def examine(config: PipelineConfig) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
             "memory": total,
             "memory_free": free,
+            "bfloat16": bfloat16_instructions(),
         },
         "cards": [asdict(card) for card in cards],
         "cuda": None if cards or sys.platform == "darwin" else why_no_cuda(),

@@ -135,6 +135,8 @@ def _show(found: dict[str, Any], size: str) -> None:
     view = console(stderr=False)
     machine = found["machine"]
     view.print(f"Python {machine['python']}, {machine['system']}, {_gib(machine['memory'])} memory")
+    auto = f"bfloat16, by {machine['bfloat16']}" if machine["bfloat16"] else "float32"
+    view.print(f"On the CPU, compute: auto takes {auto}")
     rows = [(name, number or "not installed") for name, number in found["programs"].items()]
     view.print(make_table(("program", "version"), rows))
     for card in found["cards"]:

@@ -25,6 +25,8 @@ BF16_CAPABILITY = (8, 0)
 FLOAT8_CAPABILITY = (8, 9)
 """First compute capability that multiplies float8 (Ada)."""
 
+_AVX512_TEST = "_is_avx512_bf16_supported"
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -62,7 +64,12 @@ def hardware_of(device: torch.device) -> Hardware:
     if device.type != "cuda":
         total, free = machine_memory()
         return Hardware(
-            str(device), device.type.upper(), total, free, float8_storage=_keeps_float8(device)
+            str(device),
+            device.type.upper(),
+            total,
+            free,
+            bfloat16=device.type != "cpu" or bool(bfloat16_instructions()),
+            float8_storage=_keeps_float8(device),
         )
     index = device.index or 0
     free, total = torch.cuda.mem_get_info(index)
@@ -77,6 +84,17 @@ def hardware_of(device: torch.device) -> Hardware:
         float8_storage=_keeps_float8(device),
         float8_compute=capability >= FLOAT8_CAPABILITY,
     )
+
+
+def bfloat16_instructions() -> str | None:
+    """Name the instructions by which this CPU multiplies bfloat16 fast; None without any."""
+    import torch
+
+    for name, test in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", _AVX512_TEST)):
+        supported = getattr(torch.cpu, test, None)  # not in every version of torch
+        if supported is not None and supported():
+            return name
+    return None
 
 
 def all_cards() -> list[Hardware]:
@@ -212,23 +230,24 @@ def settle_types(config: PipelineConfig, hardware: Hardware) -> tuple[str, str, 
 
 
 def _compute(config: PipelineConfig, storage: str, hardware: Hardware, notes: list[str]) -> str:
-    chosen = _compute_name(config, storage, hardware.device)
-    if chosen == "bfloat16" and not (hardware.bfloat16 or "bfloat16" in (config.compute, storage)):
+    asked = _asked_compute(config, storage)
+    if asked is not None:
+        return asked
+    if hardware.bfloat16:
+        return "bfloat16"
+    if not hardware.device.startswith("cpu"):
         notes.append(
             f"{hardware.name} does not multiply bfloat16; float32 is computed with, which is "
             "slower (compute: bfloat16 forces the other)."
         )
-        return "float32"
-    return chosen
+    return "float32"
 
 
-def _compute_name(config: PipelineConfig, storage: str, device: str) -> str:
-    """Type to compute in on a device that multiplies bfloat16, unless it is a CPU."""
+def _asked_compute(config: PipelineConfig, storage: str) -> str | None:
+    """Type to compute in where the configuration says so; None leaves it to the device."""
     if config.compute != "auto":
         return config.compute
-    if storage in ("bfloat16", "float32"):
-        return storage
-    return "float32" if device.startswith("cpu") else "bfloat16"
+    return storage if storage in ("bfloat16", "float32") else None
 
 
 def resolve_device(name: str) -> torch.device:
@@ -259,5 +278,6 @@ def resolve_compute(config: PipelineConfig, device: torch.device) -> torch.dtype
     """Return the type that linear layers compute in."""
     import torch
 
-    name = _compute_name(config, config.storage, device.type)
+    fast = device.type != "cpu" or bfloat16_instructions() is not None
+    name = _asked_compute(config, config.storage) or ("bfloat16" if fast else "float32")
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]

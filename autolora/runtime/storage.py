@@ -1,7 +1,7 @@
 """How the modules of a base model are filled from their files, stored and moved.
 
-Layers stored otherwise than they compute, in float8 for instance, go through DiffSynth's own
-wrapper, on any device. Importing this module imports DiffSynth.
+Layers stored otherwise than they compute, in float8 for instance, go through DiffSynth's wrapper,
+on any device. Importing this module imports DiffSynth.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffsynth.core import AutoWrappedLinear, AutoWrappedModule, enable_vram_management
+from diffsynth.core import AutoWrappedModule, enable_vram_management
 from diffsynth.core.vram.disk_map import DiskMap
 from diffsynth.core.vram.initialization import skip_model_initialization
 from torch import Tensor, nn
@@ -20,15 +20,15 @@ from transformers import T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from autolora.errors import ConfigError, shown
+from autolora.runtime.float8 import FLOAT8, Float8Linear, Float8Module
 from autolora.safetensors_io import Recipe, Shapes, cook, shape_of
 
-FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MAX = torch.finfo(FLOAT8).max
 
 # T5's feed-forward looks at its weight's type and would cast its input to it: wrapped as a whole.
 _STORED: Mapping[type[nn.Module], type[nn.Module]] = {
-    T5DenseGatedActDense: AutoWrappedModule,
-    nn.Linear: AutoWrappedLinear,
+    T5DenseGatedActDense: Float8Module,
+    nn.Linear: Float8Linear,
 }
 
 
@@ -153,7 +153,7 @@ def _managed(model: nn.Module, keeping: Keeping) -> nn.Module:
         others = {
             type(module): AutoWrappedModule
             for module in model.modules()
-            if not isinstance(module, (AutoWrappedLinear, AutoWrappedModule, nn.Linear))
+            if not isinstance(module, (Float8Linear, AutoWrappedModule, nn.Linear))
             and next(module.children(), None) is None
             and next(module.parameters(), None) is not None
         }
@@ -190,7 +190,7 @@ def store_in_float8(module: nn.Module, compute_dtype: torch.dtype, device: torch
     """Stores every Linear of ``module`` in float8 e4m3; each call computes in ``compute_dtype``.
 
     Weights and biases are rounded to the nearest float8 value, one byte each, and cast back one
-    layer at a time while it runs (DiffSynth's ``AutoWrappedLinear``). In place.
+    layer at a time while it runs (`Float8Linear`). In place.
 
     Args:
         module: A FLUX transformer.
@@ -200,8 +200,6 @@ def store_in_float8(module: nn.Module, compute_dtype: torch.dtype, device: torch
     Returns:
         How many layers were converted.
     """
-    from diffsynth.core import AutoWrappedLinear, enable_vram_management
-
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     for linear in linears:
         linear.to(dtype=FLOAT8)
@@ -211,5 +209,5 @@ def store_in_float8(module: nn.Module, compute_dtype: torch.dtype, device: torch
         for what, value in (("dtype", FLOAT8), ("device", device))
     }
     config = {**stored, "computation_dtype": compute_dtype, "computation_device": device}
-    enable_vram_management(module, {nn.Linear: AutoWrappedLinear}, vram_config=config)
+    enable_vram_management(module, {nn.Linear: Float8Linear}, vram_config=config)
     return len(linears)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from autolora.c_library import CLibrary
 from autolora.fusion import Capacity, FusedLinear, Gate, record_gates
 from autolora.fusion.kernels import dispatch, native, plain
 from autolora.fusion.packed import make_gated_plan, make_sum_plan, prepare_factors
@@ -34,7 +35,7 @@ needs_compiler = pytest.mark.skipif(
 def laid_out(down, ups, terms):
     """A layer for the kernel, with ``h`` in the place of the input where ``down`` is None."""
     assert native.available()
-    return native.PreparedLayer(native._library, down, ups, terms)
+    return native.PreparedLayer(native.KERNEL.get(), down, ups, terms)
 
 
 @needs_compiler
@@ -109,27 +110,26 @@ def test_without_a_compiler_the_plain_form_serves(monkeypatch):
     x = torch.randn(4, 8, generator=generator)
     with torch.no_grad():
         usual = fused(x)
-        monkeypatch.setattr(native, "_tried", False)
+        native.KERNEL.forget()
         monkeypatch.setenv("CC", "no-such-compiler")
         assert not native.available()
         assert dispatch.kernel_name(CPU) == "plain"
         torch.testing.assert_close(fused(x), usual, rtol=1e-5, atol=1e-5)
-        monkeypatch.setattr(native, "_tried", False)
+        native.KERNEL.forget()
         monkeypatch.setenv("AUTOLORA_NATIVE", "0")
         assert not native.available()
     monkeypatch.undo()
-    native._tried = False
+    native.KERNEL.forget()
 
 
 @needs_compiler
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch, tmp_path):
-    right = native._SOURCE.read_text(encoding="utf-8")
+    right = native.KERNEL.source.read_text(encoding="utf-8")
     wrong = right.replace("-1.44269504f", "-1.5f")
     assert wrong != right
-    (tmp_path / "dispatch.c").write_text(wrong, encoding="utf-8")
-    monkeypatch.setattr(native, "_SOURCE", tmp_path / "dispatch.c")
+    (tmp_path / "gated.c").write_text(wrong, encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native._load() is None
+    assert CLibrary(tmp_path / "gated.c", native._bind, native._agrees).get() is None
     assert list((tmp_path / "autolora").glob("gated-*.so"))
 
 

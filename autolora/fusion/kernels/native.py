@@ -10,20 +10,13 @@ against `plain`, and kept in the user's cache folder. Where there is no compiler
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autolora.c_library import CLibrary
 from autolora.fusion.gate import GateTerms
 from autolora.fusion.kernels import plain
 from autolora.fusion.packed import (
@@ -38,23 +31,6 @@ MAX_ROWS = 256
 """Most packed ranks of a layer that the kernel takes."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_SOURCE = Path(__file__).with_name("gated.c")
-_OPTIMIZE = ("-O3", "-fno-math-errno", "-shared", "-fPIC")
-# The first set that compiles is taken; clang on some systems has no OpenMP, gcc on some no native.
-_FLAGS = (
-    ("-march=native", "-fopenmp", "-fschedule-insns"),
-    ("-march=native", "-fopenmp"),
-    ("-march=native",),
-    ("-mcpu=native",),
-    (),
-)
-_TIMEOUT = 60  # seconds for one compilation
-
-_log = logging.getLogger(__name__)
-_lock = threading.Lock()
-_library: ctypes.CDLL | None = None
-_tried = False
-
 _GATE = ("base_weight", "base_bias", "coef_weight", "coef_bias", "out_weight")
 _POINTERS = ("down", "up", "mean", "covariance", "strengths", "offsets", *_GATE)
 _SIZES = ("inputs", "channels", "adapters", "ranks", "covariance_width")
@@ -73,13 +49,7 @@ class _Constants(ctypes.Structure):
 
 def available() -> bool:
     """Whether the kernel is, or now gets, compiled and loaded."""
-    global _library, _tried
-    if not _tried:
-        with _lock:
-            if not _tried:
-                _library = _load()
-                _tried = True
-    return _library is not None
+    return KERNEL.get() is not None
 
 
 def supports(y: Tensor, h: Tensor, ups: UpProjections, terms: GateTerms) -> bool:
@@ -110,8 +80,9 @@ def forward(
         record: Whether to return the mean gates.
         inplace: Whether ``y`` may be overwritten with the result.
     """
-    assert _library is not None, "available() loads it"
-    return PreparedLayer(_library, None, ups, terms)(y, h, record, inplace)
+    library = KERNEL.get()
+    assert library is not None, "available() loads it"
+    return PreparedLayer(library, None, ups, terms)(y, h, record, inplace)
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
@@ -137,16 +108,18 @@ def prepare_gated(plan: GatedPlan, terms: GateTerms) -> PreparedLayer | None:
     """Lay out one layer with a gate; None where the kernel does not serve it."""
     if not _fits(plan.ups.centred) or terms.out.dtype != torch.float32 or not available():
         return None
-    assert _library is not None, "available() loads it"
-    return PreparedLayer(_library, plan.down, plan.ups, terms)
+    library = KERNEL.get()
+    assert library is not None, "available() loads it"
+    return PreparedLayer(library, plan.down, plan.ups, terms)
 
 
 def prepare_sum(plan: SumPlan) -> PreparedLayer | None:
     """Lay out one layer whose adapters are summed; None where the kernel does not serve it."""
     if not _fits(plan.up) or not available():
         return None
-    assert _library is not None, "available() loads it"
-    return PreparedLayer(_library, plan.down, plan.up, None)
+    library = KERNEL.get()
+    assert library is not None, "available() loads it"
+    return PreparedLayer(library, plan.down, plan.up, None)
 
 
 class PreparedLayer:
@@ -235,77 +208,19 @@ def _fits(up: Tensor) -> bool:
     return up.is_cpu and up.dtype == torch.float32 and 0 < up.shape[0] <= MAX_ROWS
 
 
-def _load() -> ctypes.CDLL | None:
-    if os.environ.get("AUTOLORA_NATIVE", "1") == "0":
-        return None
-    try:
-        path = _compiled()
-        if path is None:
-            return None
-        library = ctypes.CDLL(str(path))
-        library.autolora_fuse.argtypes = [
-            *[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int, ctypes.c_int,
-        ]  # fmt: skip
-        library.autolora_fuse.restype = ctypes.c_int
-        agrees = _agrees(library)
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        _log.info("no native kernel: %s", error)
-        return None
-    if not agrees:
-        _log.warning("the compiled kernel %s gives wrong results and is not used", path)
-    return library if agrees else None
-
-
-def _compiled() -> Path | None:
-    """Return the library, compiled now if it was not before; None without a compiler."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler or shutil.which(compiler) is None:
-        _log.info("no native kernel: no C compiler found")
-        return None
-    identity = (_SOURCE.read_text(encoding="utf-8"), compiler, _OPTIMIZE, _FLAGS, _processor())
-    name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-    folder = _cache_folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"gated-{name}.so"
-    if path.is_file():
-        return path
-    for flags in _FLAGS:
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.stem}.", suffix=".so")
-        os.close(handle)
-        command = [compiler, *_OPTIMIZE, *flags, str(_SOURCE), "-o", temporary, "-lm"]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False)
-            if done.returncode == 0:
-                os.replace(temporary, path)
-                return path
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    _log.info("no native kernel: %s can't compile it", compiler)
-    return None
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "autolora"
-
-
-def _processor() -> str:
-    """Return what ``-march=native`` depends on, for homes that several machines share."""
-    flags = ""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {flags}"
+def _bind(library: ctypes.CDLL) -> None:
+    pointers, number = [ctypes.c_void_p] * 5, ctypes.c_int
+    library.autolora_fuse.argtypes = [*pointers, ctypes.c_int64, number, number]
+    library.autolora_fuse.restype = number
 
 
 def _agrees(library: ctypes.CDLL) -> bool:
     """Whether the library gives what `plain` gives on a small layer with ragged sizes."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     cpu, wide = torch.device("cpu"), torch.float32
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, dtype=wide, device=cpu)
 
     tokens, inputs, channels = 7, 21, 83
     factors = [prepare_factors(random(r, inputs), random(channels, r), wide, cpu) for r in (3, 5)]
@@ -319,3 +234,6 @@ def _agrees(library: ctypes.CDLL) -> bool:
     summed, _ = PreparedLayer(library, plan.down, plan.ups.centred, None)(y, x)
     pairs = (fused, truth), (means, true_means), (summed, y + x @ plan.down.T @ plan.ups.centred)
     return all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in pairs)
+
+
+KERNEL = CLibrary(Path(__file__).with_name("gated.c"), _bind, _agrees)
