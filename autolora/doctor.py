@@ -15,9 +15,9 @@ from autolora.families.flux1.part_files import flux_sizes, model_sizes
 from autolora.families.flux1.sizes import FLUX1_DEV, ModelSizes
 from autolora.runtime.checkpoints import TOKENIZERS, Located, download_command, locate, several
 from autolora.runtime.hardware import (
-    bfloat16_instructions,
     Hardware,
     all_cards,
+    bfloat16_instructions,
     hardware_of,
     machine_memory,
     resolve_device,

@@ -1,10 +1,10 @@
 """Linear layers that keep their weights in float8, fast on a CPU, too.
 
 PyTorch widens float8 one number at a time, 0.15 G numbers a second, which takes longer than the
-products of a small step. Here a C kernel does it (`float8.c`), and a large weight is widened a block
-of rows at a time into a buffer that stays in the cache, and multiplied there by PyTorch's own
-product: neither is a widened weight ever kept, nor a large one ever whole. Where there is no
-compiler, on a GPU, under `torch.compile` and where gradients are wanted, DiffSynth's own way serves.
+products of a small step. Here a C kernel does it (`float8.c`). A large weight is widened a block of
+rows at a time, into a buffer that stays in the cache, and multiplied there by PyTorch: no widened
+weight is kept, and no large one ever exists whole. Where there is no compiler, on a GPU, under
+`torch.compile` and where gradients are wanted, DiffSynth's own way serves.
 """
 
 from __future__ import annotations

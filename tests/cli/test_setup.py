@@ -136,6 +136,7 @@ def test_without_a_card_doctor_tells_what_a_card_would_need(monkeypatch, capsys)
     for free, fitting in ((int(on_cpu) + 1, True), (int(on_cpu) - 1, False)):
         for module in (doctor, hardware):
             monkeypatch.setattr(module, "machine_memory", lambda free=free: (free, free))
+            monkeypatch.setattr(module, "bfloat16_instructions", lambda: None)
         found = doctor.examine(config)
         assert [row["card_gib"] for row in found["needs"]] == card
         assert {row["fits"] for row in found["needs"]} == {None}, "there is no card to fit on"
@@ -146,6 +147,10 @@ def test_without_a_card_doctor_tells_what_a_card_would_need(monkeypatch, capsys)
         out = " ".join(capsys.readouterr().out.split())
         assert "What a card would have to have free" in out and " fits " not in out
         assert ("far slower than on a card" in out) is fitting
+        assert "On the CPU, compute: auto takes float32" in out
+    monkeypatch.setattr(doctor, "bfloat16_instructions", lambda: "AVX512-BF16")
+    assert main(["doctor"]) == 0
+    assert "compute: auto takes bfloat16, by AVX512-BF16" in capsys.readouterr().out
 
 
 def test_with_a_card_doctor_tells_how_the_model_would_be_loaded(monkeypatch, capsys) -> None:

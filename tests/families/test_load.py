@@ -10,6 +10,7 @@ import torch
 from autolora.config import PipelineConfig
 from autolora.errors import ConfigError
 from autolora.families.load import load_pipeline, quiet, text_length_for
+from autolora.runtime import hardware
 from autolora.runtime.hardware import resolve_compute, resolve_device
 
 CPU = torch.device("cpu")
@@ -80,12 +81,14 @@ def test_long_prompts_are_not_cut(config) -> None:
     assert text_length_for(pipe, ["a cat", "a " * 100]) == 102  # with the first and last token
 
 
-def test_compute_type_follows_storage_and_device() -> None:
+def test_compute_type_follows_storage_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def compute(device: torch.device, **changes: str) -> torch.dtype:
         return resolve_compute(PipelineConfig("x", **changes), device)
 
-    assert compute(CPU) == torch.float32
-    assert compute(torch.device("cuda")) == torch.bfloat16
+    for instructions, expected in ((None, torch.float32), ("AMX", torch.bfloat16)):
+        monkeypatch.setattr(hardware, "bfloat16_instructions", lambda found=instructions: found)
+        assert compute(CPU) == expected
+        assert compute(torch.device("cuda")) == torch.bfloat16
     assert compute(CPU, compute="bfloat16") == torch.bfloat16
     assert compute(torch.device("cuda"), storage="float32") == torch.float32
     assert compute(CPU, storage="bfloat16") == torch.bfloat16

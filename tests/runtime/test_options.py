@@ -173,7 +173,8 @@ def test_on_a_cpu_nothing_is_offloaded() -> None:
     ("device", "asked", "expected", "words"),
     [
         (H100, {}, ("float8", "bfloat16"), ""),
-        (CPU, {}, ("float8", "float32"), ""),
+        (CPU, {}, ("float8", "bfloat16"), ""),
+        (replace(CPU, bfloat16=False), {}, ("float8", "float32"), ""),
         (CPU, {"storage": "bfloat16"}, ("bfloat16", "bfloat16"), ""),
         (RTX_2080, {}, ("float8", "float32"), "does not multiply bfloat16"),
         (RTX_2080, {"compute": "bfloat16"}, ("float8", "bfloat16"), ""),
@@ -208,6 +209,8 @@ def test_this_machine_is_described() -> None:
     assert (cpu.device, cpu.capability, cpu.float8_storage) == ("cpu", None, True)
     if sys.platform == "linux":
         assert total and free and cpu.total == total and free <= total
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+        assert cpu.bfloat16 == bool({"avx512_bf16", "amx_tile"} & set(flags))
 
 
 @pytest.mark.parametrize(

@@ -183,8 +183,15 @@ def compare_autoencoders(pipe, vae) -> None:
 @pytest.mark.parametrize(
     ("changes", "limit"),
     [
-        ({"storage": "float8"}, 30),
-        ({"storage": "float8", "memory": MemorySettings(text_storage="float8")}, 40),
+        ({"storage": "float8", "compute": "float32"}, 30),
+        (
+            {
+                "storage": "float8",
+                "compute": "float32",
+                "memory": MemorySettings(text_storage="float8"),
+            },
+            40,
+        ),
         ({"storage": "bfloat16"}, 30),
     ],
     ids=["float8", "float8 text encoders too", "bfloat16"],
