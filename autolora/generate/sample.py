@@ -189,7 +189,8 @@ def denoise_latents(
                 progress_id=step,
             )
             if teller.wants_preview(step + 1):
-                teller.show(step + 1, latents[:1] - scheduler.sigmas[step] * velocity[:1])
+                # The factor comes second: before a bfloat16 tensor PyTorch would round it.
+                teller.show(step + 1, latents[:1] - velocity[:1] * scheduler.sigmas[step])
             latents = pipe.step(scheduler, latents, progress_id=step, noise_pred=velocity)
             teller.tell(step + 1)
     if latents.is_cuda:
