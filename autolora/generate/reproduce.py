@@ -96,7 +96,9 @@ def base_files(config: PipelineConfig) -> Mapping[str, Path]:
 
 def shipped_gate(config: PipelineConfig) -> Path | None:
     """The gates that the package ships for its own base model, where it does."""
-    path = Path(__file__).resolve().parents[1] / "flux" / "tiny" / "weights" / "gate.safetensors"
+    from autolora.families.tiny.weights import SHIPPED
+
+    path = SHIPPED.with_name("gate.safetensors")
     return path if config.uses_shipped_weights and path.is_file() else None
 
 

@@ -62,3 +62,11 @@ def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(text.startswith("sampled:") for text in found)
     write(path, content[:-1])
     assert fingerprint(path) not in found
+
+
+def test_the_gates_of_the_package_are_found() -> None:
+    from autolora.config import load_config
+    from autolora.fusion import load_gates
+
+    path = reproduce.shipped_gate(load_config("tiny"))
+    assert path is not None and len(load_gates(path).state_dict())
