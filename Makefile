@@ -1,4 +1,4 @@
-# make setup | demo PROMPT="…" | test | browser | lint | docs | clean
+# make setup | demo PROMPT="…" | test | browser | lint | docs | world | clean
 # Everything is installed into .venv; PYTHON chooses the interpreter (3.10 or newer) that makes it.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.autolora-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser lint docs clean
+.PHONY: help setup demo test browser lint docs world clean
 
 help:
 	@echo 'make setup               install everything into $(VENV)'
@@ -20,6 +20,7 @@ help:
 	@echo 'make browser             test the web console with Chromium'
 	@echo 'make lint                only lint and type check'
 	@echo 'make docs                build the documentation into build/site'
+	@echo 'make world               build the embedded model and its pool anew: hours; goes on where it was'
 	@echo 'make clean               remove caches, builds and the search index; pictures stay'
 
 setup: $(STAMP)
@@ -56,6 +57,17 @@ docs: setup
 		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html"
+
+ICONS := build/icons/node_modules/@iconify-json
+
+world: setup $(ICONS)
+	@$(BIN)/python -c 'import resvg_py, efficientnet_lite_pytorch' 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[world]"
+	$(BIN)/python scripts/build_tiny_world.py
+
+$(ICONS):
+	npm install --silent --prefix build/icons @iconify-json/noto @iconify-json/noto-v1 \
+		@iconify-json/fluent-emoji @iconify-json/fluent-emoji-flat @iconify-json/twemoji
 
 # What took long to make stays: pictures, and a tiny world under build/.
 clean:

@@ -1,17 +1,25 @@
-"""Builds the tiny world from the emoji font: model, pools, covers, captions, portraits, probes.
+"""Builds the tiny world from free drawings: base model, judges, pools, covers, captions, portraits.
 
-    python scripts/build_tiny_world.py --work build/tiny_world
-    python scripts/build_tiny_world.py --work build/tiny_world --stage large
+    python scripts/build_tiny_world.py
+    python scripts/build_tiny_world.py --stage base --minutes 90
+    python scripts/build_tiny_world.py --stage hand-on
 
-Stages run in order; each resumes where it was interrupted. What ships is written by ``export``
-into the package and ``lora_pool/tiny``; the larger pool stays in the work folder.
+Stages run in order, and each goes on where it was interrupted: what is there is not made again.
+The base model's training is a relay. It starts from its own checkpoint in the work folder, else
+from the weights that were handed on (train/tiny_world/weights/relay.safetensors), else from the
+shipped model, widened; the stage `hand-on` writes its averaged weights there. On a CUDA device
+every stage that trains runs on it.
+
+The drawings come from npm and are needed only here:
+
+    npm install --prefix build/icons @iconify-json/noto @iconify-json/noto-v1 \
+        @iconify-json/fluent-emoji @iconify-json/fluent-emoji-flat @iconify-json/twemoji
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -19,133 +27,165 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 
 from autolora.config import load_config
-from autolora.errors import AutoLoRAError
+from autolora.errors import AutoLoRAError, ConfigError
 from autolora.families.tiny.weights import SHIPPED, load_tiny, save_tiny
 from autolora.lora import LoRA
-from autolora.minilm import shared_minilm
+from autolora.minilm import MiniLM, shared_minilm
 from train.tiny_world.autoencoder import train_autoencoder
-from train.tiny_world.base import train_base
-from train.tiny_world.data import TextTable, Views, render_views
+from train.tiny_world.bank import Bank, make_shard
+from train.tiny_world.base import averaged_weights, train_base
 from train.tiny_world.export import export_pool, write_extras
-from train.tiny_world.loras import large_jobs, shipped_jobs, train_jobs
+from train.tiny_world.loras import Job, large_jobs, shipped_jobs, train_jobs
 from train.tiny_world.portraits import take_portraits
-from train.tiny_world.probes import train_probes
+from train.tiny_world.probes import train_judges
+from train.tiny_world.relay import RELAY, load_relay, save_relay
 from train.tiny_world.subjects import all_subjects
+from train.tiny_world.widen import widen
 from train.tiny_world.world import Split, WorldConfig, load_world_config, split_world
 
-STAGES = ("autoencoder", "base", "loras", "polish", "export", "probes", "large", "portraits")
+STAGES = ("bank", "base", "judges", "loras", "export", "large", "portraits")
+APART = ("autoencoder", "hand-on")  # run only when they are named
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Builder:
     """Runs the stages for one config and work folder."""
 
-    def __init__(self, config: WorldConfig, work: Path, minutes: float | None) -> None:
-        self.config, self.work = config, work
+    def __init__(
+        self, config: WorldConfig, work: Path, device: torch.device, minutes: float | None
+    ) -> None:
+        self.config, self.work, self.device, self.minutes = config, work, device, minutes
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self.split: Split = split_world(config)
+        self.split: Split = split_world()
         self.model_file = work / "tiny-flux.safetensors"
         self.pools = {which: work / "pool" / which for which in ("shipped", "large")}
+
+    def _autoencoder(self) -> dict[str, Any]:
+        """Encoder and decoder: those trained here, else the shipped ones."""
+        file = self.work / "autoencoder-final.pt"
+        _, modules = load_tiny(SHIPPED)
+        parts = {name: modules[name] for name in ("encoder", "decoder")}
+        if file.exists():
+            state = torch.load(file, weights_only=True)
+            for name, module in parts.items():
+                module.load_state_dict(state[name])
+        return {name: m.eval().requires_grad_(False).to(self.device) for name, m in parts.items()}
+
+    def _minilm(self) -> MiniLM:
+        return shared_minilm().to(self.device)
 
     def autoencoder(self) -> None:
         """Trains the autoencoder on all subjects, plain and styled."""
         encoder, decoder = train_autoencoder(
             list(all_subjects()), self.config.autoencoder, self.work
         )
-        torch.save(
-            {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()},
-            self.work / "autoencoder-final.pt",
+        states = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
+        torch.save(states, self.work / "autoencoder-final.pt")
+
+    def bank(self) -> None:
+        """Draws the pictures that the base model learns from."""
+        for number in range(self.config.bank.shards):
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                print(f"{self.config.bank.shards - number} shards are still to be drawn.")
+                return
+            self._shard(number)
+            print(f"shard {number + 1} of {self.config.bank.shards}", flush=True)
+
+    def _shard(self, number: int) -> None:
+        make_shard(
+            self.work / "bank",
+            number,
+            self.config.bank.pictures,
+            self.split.base,
+            self._autoencoder()["encoder"],
+            self._minilm(),
+            self.config.model.size,
+            self.config.model.text_length,
+            self.config.bank.mix,
+            self.config.seed,
         )
 
-    def _trained_autoencoder(self) -> dict[str, Any]:
-        from autolora.families.tiny.model import TinyDecoder, TinyEncoder
-
-        state = torch.load(self.work / "autoencoder-final.pt", weights_only=True)
-        modules = {"encoder": TinyEncoder(), "decoder": TinyDecoder()}
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-            module.eval()
-        return modules
-
-    def _base_views(self, encoder: Any) -> Views:
-        file = self.work / "base_views.pt"
-        if not file.exists():
-            rng = np.random.default_rng(self.config.seed)
-            size = self.config.model.size
-            views = render_views(encoder, self.split.base, self.config.views, rng, size)
-            torch.save((views.latents, views.captions), file)
-        latents, captions = torch.load(file, weights_only=True)
-        return Views(latents, captions)
+    def _beginning(self) -> Any:
+        """Where a run without a checkpoint begins: the relay, else the shipped model, widened."""
+        wanted = self.config.model
+        if RELAY.exists():
+            dit, step = load_relay(RELAY)
+            print(f"begins from the weights handed on at step {step}")
+        else:
+            shipped = load_tiny(SHIPPED)[1]["dit"]
+            dit = widen(shipped, wanted.heads, wanted.text_length)
+        if dit.config != wanted:
+            raise ConfigError(
+                f"The config wants {wanted}, but the weights to go on from are {dit.config}; "
+                "remove the checkpoint or change the config."
+            )
+        return dit.to(self.device)
 
     def base(self) -> None:
-        """Trains the base model on the base subjects."""
-        parts = self._trained_autoencoder()
-        views = self._base_views(parts["encoder"])
-        captions = [c for cs in views.captions for c in cs]
-        text = TextTable.build(captions, shared_minilm(), self.config.model.text_length)
-        dit = train_base(self.config.base, self.config.model, views, text, self.work)
-        provenance = {"script": "scripts/build_tiny_world.py", "steps": str(self.config.base.steps)}
-        save_tiny(self.model_file, self.config.model, {"dit": dit, **parts}, provenance)
+        """Trains the base model, for as long as it is given."""
+        if not list((self.work / "bank").glob("shard-*.safetensors")):
+            self._shard(0)
+        bank = Bank(self.work / "bank", self.device)
+        dit = train_base(self.config.base, self._beginning(), bank, self.work, self.minutes)
+        _, step = averaged_weights(self.work)
+        self._write_model(dit, step)
 
-    def _train_pool(self, which: str) -> None:
+    def _write_model(self, dit: Any, step: int) -> None:
+        provenance = {"script": "scripts/build_tiny_world.py", "steps": str(step)}
+        save_tiny(
+            self.model_file, self.config.model, {"dit": dit, **self._autoencoder()}, provenance
+        )
+
+    def hand_on(self) -> None:
+        """Writes the newest averaged weights where the next run finds them, in any checkout."""
+        weights, step = averaged_weights(self.work)
+        before = load_relay(RELAY)[1] if RELAY.exists() else 0
+        save_relay(RELAY, self.config.model, weights, step, f"{before} steps before these")
+        print(f"step {step}: {RELAY.stat().st_size / 1e6:.1f} MB")
+
+    def _model(self) -> dict[str, Any]:
         _, modules = load_tiny(self.model_file)
-        shipped = which == "shipped"
-        make = shipped_jobs if shipped else large_jobs
-        left = train_jobs(
-            make(self.split, self.config.pool),
+        return {name: module.to(self.device).eval() for name, module in modules.items()}
+
+    def _train_pool(self, which: str, jobs: list[Job], config: Any) -> int:
+        modules = self._model()
+        return train_jobs(
+            jobs,
             modules["dit"],
-            modules["encoder"].eval(),
-            shared_minilm(),
+            modules["encoder"],
+            self._minilm(),
             self.split,
             self.config.pool,
-            self.config.shipped_lora if shipped else self.config.large_lora,
+            config,
             self.pools[which],
             self.config.seed,
             self.deadline,
         )
+
+    def loras(self) -> None:
+        """Trains the pool that ships: styles first, since every picture of a pair needs one."""
+        jobs = shipped_jobs(self.split, self.config.pool)
+        styles, subjects = [j for j in jobs if j.style], [j for j in jobs if j.subject]
+        left = self._train_pool("shipped", styles, self.config.style_lora)
+        left += self._train_pool("shipped", subjects, self.config.subject_lora)
         if left:
             print(f"{left} LoRAs are still to be trained; run the stage again.")
 
-    def loras(self) -> None:
-        """Trains the pool that ships."""
-        self._train_pool("shipped")
-
-    def polish(self) -> None:
-        """Trains again, one by one and longer, what the config lists as worth it."""
-        _, modules = load_tiny(self.model_file)
-        jobs = shipped_jobs(self.split, self.config.pool)
-        chosen = [j for j in jobs if j.name in self.config.polished]
-        folder = self.work / "polished"
-        alone = dataclasses.replace(self.config.pool, group=1)
-        train_jobs(
-            chosen,
-            modules["dit"],
-            modules["encoder"].eval(),
-            shared_minilm(),
-            self.split,
-            alone,
-            self.config.polish_lora,
-            folder,
-            self.config.seed,
-        )
-        for job in chosen:
-            shutil.copy(folder / f"{job.name}.safetensors", self.pools["shipped"])
-
     def large(self) -> None:
         """Trains the larger pool and writes its covers, captions and recipes."""
-        self._train_pool("large")
-        write_extras(
-            large_jobs(self.split, self.config.pool), self.split, self.config, self.pools["large"]
-        )
+        jobs = large_jobs(self.split, self.config.pool)
+        if left := self._train_pool("large", jobs, self.config.large_lora):
+            print(f"{left} LoRAs are still to be trained; run the stage again.")
+        write_extras(jobs, self.split, self.config, self.pools["large"])
 
     def export(self) -> None:
         """Writes model and pool, with covers and captions, to where they ship."""
         config, modules = load_tiny(self.model_file)
-        header = {"script": "scripts/build_tiny_world.py", "steps": str(self.config.base.steps)}
+        _, step = averaged_weights(self.work)
+        header = {"script": "scripts/build_tiny_world.py", "steps": str(step)}
         save_tiny(SHIPPED, config, modules, header)
         jobs = shipped_jobs(self.split, self.config.pool)
         loras = [LoRA.load(self.pools["shipped"] / f"{j.name}.safetensors") for j in jobs]
@@ -160,31 +200,47 @@ class Builder:
         )
         print(f"{taken} portraits taken")
 
-    def probes(self) -> None:
+    def judges(self) -> None:
         """Trains the classifiers that score generated pictures."""
-        _, modules = load_tiny(self.model_file)
-        train_probes(self.split, self.config, modules["encoder"].eval(), modules["decoder"].eval())
+        parts, config = self._autoencoder(), self.config.judges
+        subjects = self.split.base + self.split.shipped
+        train_judges(subjects, parts["encoder"], parts["decoder"], config.renders, config.epochs)
 
 
 def main() -> None:
     """Parses the command line and runs the stages."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "tiny_world.yaml")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny_world")
-    parser.add_argument("--stage", choices=STAGES, action="append", help="run only this; repeat")
-    parser.add_argument("--minutes", type=float, help="stop starting new LoRA groups after this")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--stage", choices=STAGES + APART, action="append", help="run only this; repeat"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="stop training, or starting LoRAs, after this"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is a card")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         config = load_world_config(args.config)
+        if device.type == "cuda":
+            config = dataclasses.replace(config, base=config.base.on_cuda())
         args.work.mkdir(parents=True, exist_ok=True)
-        builder = Builder(config, args.work, args.minutes)
+        builder = Builder(config, args.work, device, args.minutes)
         for stage in args.stage or STAGES:
             print(f"== {stage}", flush=True)
-            getattr(builder, stage)()
+            getattr(builder, stage.replace("-", "_"))()
     except AutoLoRAError as error:
         print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(
+            f"The work could not be written ({error}); nothing before it is lost.", file=sys.stderr
+        )
         raise SystemExit(2) from None
 
 

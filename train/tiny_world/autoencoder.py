@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from autolora.families.tiny.model import TinyDecoder, TinyEncoder
 from train.tiny_world.checkpoint import load_checkpoint, progress, save_checkpoint
-from train.tiny_world.render import random_view, render
+from train.tiny_world.compositions import Mix, compose, paint, paint_styled
 from train.tiny_world.styles import STYLES
 from train.tiny_world.subjects import Subject
 
@@ -44,10 +44,11 @@ class RenderStream(IterableDataset[Tensor]):
         c = self.config
         while True:
             subject = self.subjects[rng.integers(len(self.subjects))]
-            picture, alpha = render(subject, random_view(rng), c.size)
+            what = compose(subject, self.subjects, rng, Mix())
             if rng.random() < 0.5:
-                style = STYLES[rng.integers(len(STYLES))]
-                picture = style.apply(picture, alpha, rng)
+                picture = paint_styled(what, STYLES[rng.integers(len(STYLES))], c.size, rng)
+            else:
+                picture = paint(what, c.size, rng)[0]
             x, y = rng.integers(0, c.size - c.crop + 1, 2)
             crop = np.ascontiguousarray(picture[y : y + c.crop, x : x + c.crop].transpose(2, 0, 1))
             yield torch.from_numpy(crop).float() * 2 - 1

@@ -1,75 +1,209 @@
-"""Trains the tiny FLUX on the base subjects."""
+"""Trains the tiny FLUX on the bank of pictures: a relay that goes on wherever it was stopped.
+
+The rate stays constant after a warm-up, and what is kept is a moving average of the weights: the
+run has no planned end, so it can be continued at any time. With ``decay_from`` set, the rate falls
+to zero towards ``steps``, for the last leg.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from autolora.families.tiny.model import TinyFluxConfig, TinyFluxDiT
+from autolora.families.tiny.model import TinyFluxDiT
 from train.flow import add_noise, plain_attention, predict_velocity, sample_sigmas
+from train.tiny_world.bank import Bank
 from train.tiny_world.checkpoint import load_checkpoint, progress, save_checkpoint
-from train.tiny_world.data import TextTable, Views
 
 
 @dataclass(frozen=True)
 class BaseConfig:
     """How the base model is trained."""
 
-    steps: int = 7000
+    steps: int = 60000
     batch: int = 64
-    lr: float = 1.2e-3
+    lr: float = 1e-3
+    muon_lr: float = 1e-3  # of the blocks' matrices, matched to AdamW's step size
     warmup: int = 200
+    decay_from: int = 0  # step at which the rate begins to fall; 0: it never does
+    average: float = 0.9995  # decay of the moving average of the weights, per step
     empty_prompts: float = 0.1  # share of samples trained without a caption, for guidance
     sigma_mean: float = 0.4  # of the logit-normal noise levels
     sigma_std: float = 1.2
     compile: bool = True
+    cuda_batch: int = 512  # a batch that fills a card, with rates raised to match
+    cuda_lr: float = 2e-3
+
+    def on_cuda(self) -> BaseConfig:
+        """The same training with a card's batch and rates."""
+        ratio = self.cuda_lr / self.lr
+        return replace(self, batch=self.cuda_batch, lr=self.cuda_lr, muon_lr=self.muon_lr * ratio)
+
+
+class Optimizers:
+    """Muon for the matrices of attention and feed-forward, AdamW for everything else.
+
+    Muon (Keller Jordan, 2024; scaled to AdamW's step as in arXiv 2502.16982) orthogonalizes a
+    matrix's update; modulations, embeddings, biases and the output stay with AdamW.
+    """
+
+    def __init__(self, dit: nn.Module, config: BaseConfig) -> None:
+        named = list(dit.named_parameters())
+        matrices = {n for n, p in named if _is_matrix(n, p)}
+        self.adam = torch.optim.AdamW(
+            [p for n, p in named if n not in matrices],
+            lr=config.lr,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            fused=True,
+        )
+        self.muon = torch.optim.Muon(
+            [p for n, p in named if n in matrices],
+            lr=config.muon_lr,
+            weight_decay=0.01,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self.config = config
+
+    def set_rate(self, share: float) -> None:
+        """Sets both rates to a share of their configured values."""
+        self.adam.param_groups[0]["lr"] = self.config.lr * share
+        self.muon.param_groups[0]["lr"] = self.config.muon_lr * share
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        self.adam.zero_grad(set_to_none=True)
+        self.muon.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """One step of both."""
+        self.adam.step()
+        self.muon.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both states."""
+        return {"adam": self.adam.state_dict(), "muon": self.muon.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        self.adam.load_state_dict(state["adam"])
+        self.muon.load_state_dict(state["muon"])
+
+
+def _is_matrix(name: str, parameter: Tensor) -> bool:
+    inside = name.startswith(("blocks.", "single_blocks."))
+    return parameter.ndim == 2 and inside and ".linear." not in name
+
+
+class Average:
+    """A moving average of a module's weights, kept in float32 beside it."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.count = 0
+        self.weights = {n: p.detach().clone() for n, p in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Takes the module's weights in; early on, the average is over all steps so far."""
+        self.count += 1
+        keep = min(self.decay, (1 + self.count) / (10 + self.count))
+        own, new = list(self.weights.values()), list(module.state_dict().values())
+        torch._foreach_lerp_(own, new, 1 - keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and how many steps they average."""
+        return {"weights": self.weights, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        self.weights, self.count = state["weights"], state["count"]
+
+
+def rate_share(step: int, config: BaseConfig) -> float:
+    """The share of the full rate at a step."""
+    share = min(1.0, (step + 1) / config.warmup)
+    if 0 < config.decay_from < step:
+        share *= max(0.0, 1 - (step - config.decay_from) / (config.steps - config.decay_from))
+    return share
 
 
 def train_base(
-    config: BaseConfig, model_config: TinyFluxConfig, views: Views, text: TextTable, folder: Path
+    config: BaseConfig, dit: TinyFluxDiT, bank: Bank, folder: Path, minutes: float | None = None
 ) -> TinyFluxDiT:
-    """Trains, or resumes from ``folder``; returns the model in evaluation mode."""
-    torch.manual_seed(0)
-    dit = TinyFluxDiT(model_config)
-    dit.init_weights()
-    optimizer = torch.optim.AdamW(
-        dit.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    """Trains from ``dit``, or resumes from ``folder``; returns the averaged model for evaluation.
+
+    Args:
+        config: How.
+        dit: Where a run that has no checkpoint starts from.
+        bank: The pictures; shards that appear during the run are taken up.
+        folder: Of the checkpoint ``base.pt``.
+        minutes: Stop after so long; None runs to the last step.
+    """
+    optimizers, average = Optimizers(dit, config), Average(dit, config.average)
     state = folder / "base.pt"
-    start = load_checkpoint(state, dit, optimizer)
+    start = load_checkpoint(state, dit, optimizers, average=average)
+    device = next(dit.parameters()).device
     if config.compile:
         for block in (*dit.blocks, *dit.single_blocks):
             block.compile(dynamic=False)
-    rows = torch.tensor([[text.row[c] for c in captions] for captions in views.captions])
-    generator = torch.Generator().manual_seed(start + 1)
-    last_saved = time.monotonic()
-    average = 0.0
+    saved = begun = time.monotonic()
+    mean_loss = math.nan
     for step in progress(range(start, config.steps), "base model", total=config.steps):
-        decay = max(0.0, 1 - step / config.steps)
-        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / config.warmup) * decay
-        pick = torch.randint(len(views.latents), (config.batch,), generator=generator)
-        column = torch.randint(rows.shape[1], (config.batch,), generator=generator)
-        row = rows[pick, column]
-        row[torch.rand(config.batch, generator=generator) < config.empty_prompts] = 0
-        x0 = views.latents[pick].float()
-        noise = torch.randn(x0.shape, generator=generator)
-        sigmas = sample_sigmas(config.batch, config.sigma_mean, config.sigma_std, generator)
-        noisy = add_noise(x0, noise, sigmas)
-        with torch.autocast("cpu", torch.bfloat16), plain_attention(x0.device):
-            velocity = predict_velocity(dit, noisy, sigmas, text.states[row], text.pooled[row])
-            loss = (velocity.float() - (noise - x0)).pow(2).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        optimizer.step()
-        average = loss.item() if step == start else 0.99 * average + 0.01 * loss.item()
+        optimizers.set_rate(rate_share(step, config))
+        # Each step has its own random numbers, so a run that was stopped goes on to the same ones.
+        generator = torch.Generator().manual_seed(step)
+        loss = _step(config, dit, bank, optimizers, generator, device)
+        average.update(dit)
+        mean_loss = loss if math.isnan(mean_loss) else 0.995 * mean_loss + 0.005 * loss
+        now = time.monotonic()
+        out_of_time = minutes is not None and now - begun > 60 * minutes
         if step % 50 == 0:
-            progress.note(f"loss {average:.4f}")
-        if time.monotonic() - last_saved > 120 or step + 1 == config.steps:
-            save_checkpoint(state, dit, optimizer, step + 1)
-            last_saved = time.monotonic()
+            progress.note(f"loss {mean_loss:.4f}")
+        if now - saved > 180 or step + 1 == config.steps or out_of_time:
+            save_checkpoint(state, dit, optimizers, step + 1, average=average.state_dict())
+            bank.refresh()
+            saved = now
+        if out_of_time:
+            break
+    dit.load_state_dict(average.weights)
     return dit.eval().requires_grad_(False)
+
+
+def _step(
+    config: BaseConfig,
+    dit: TinyFluxDiT,
+    bank: Bank,
+    optimizers: Optimizers,
+    generator: torch.Generator,
+    device: torch.device,
+) -> float:
+    """One optimizer step; returns its loss."""
+    x0, states, pooled = bank.sample(config.batch, config.empty_prompts, generator)
+    noise = torch.randn(x0.shape, generator=generator).to(device)
+    sigmas = sample_sigmas(config.batch, config.sigma_mean, config.sigma_std, generator).to(device)
+    x0, states, pooled = x0.to(device), states.to(device), pooled.to(device)
+    with torch.autocast(device.type, torch.bfloat16), plain_attention(device):
+        velocity = predict_velocity(dit, add_noise(x0, noise, sigmas), sigmas, states, pooled)
+        loss = (velocity.float() - (noise - x0)).pow(2).mean()
+        optimizers.zero_grad()
+        loss.backward()
+    nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+    optimizers.step()
+    return loss.item()
+
+
+def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """The averaged weights of a checkpoint, and its step.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint yet.
+    """
+    state = torch.load(folder / "base.pt", weights_only=True, map_location="cpu")
+    return state["average"]["weights"], int(state["step"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,8 @@ from torch import Tensor
 
 from autolora.families.tiny.model import TinyEncoder
 from autolora.minilm import MiniLM
-from train.tiny_world.captions import caption
-from train.tiny_world.render import random_view, render
+from train.tiny_world.compositions import Composition, describe, paint, paint_styled
 from train.tiny_world.styles import Style
-from train.tiny_world.subjects import Subject
 
 
 @dataclass
@@ -31,10 +30,11 @@ class TextTable:
         unique = ["", *sorted(set(captions) - {""})]
         states, pooled = [], []
         for i in range(0, len(unique), 256):
-            with torch.autocast("cpu", torch.bfloat16):
+            device = next(minilm.parameters()).device
+            with torch.autocast(device.type, torch.bfloat16):
                 s, p = minilm.token_states(unique[i : i + 256], length)
-            states.append(s.bfloat16())
-            pooled.append(p.bfloat16())
+            states.append(s.bfloat16().cpu())
+            pooled.append(p.bfloat16().cpu())
         rows = {text: i for i, text in enumerate(unique)}
         return TextTable(torch.cat(states), torch.cat(pooled), rows)
 
@@ -49,35 +49,28 @@ class Views:
 
 @torch.no_grad()
 def encode_pictures(encoder: TinyEncoder, pictures: list[np.ndarray]) -> Tensor:
-    """Encodes RGB arrays in [0, 1] to latents in bf16."""
+    """Encodes RGB arrays in [0, 1] to latents in bf16, on the CPU."""
     out = []
+    device = encoder.mean.device
     for i in range(0, len(pictures), 32):
         batch = np.stack(pictures[i : i + 32]).transpose(0, 3, 1, 2)
-        out.append(encoder(torch.from_numpy(np.ascontiguousarray(batch)).float() * 2 - 1))
-    return torch.cat(out).bfloat16()
+        x = torch.from_numpy(np.ascontiguousarray(batch)).to(device).float() * 2 - 1
+        out.append(encoder(x).bfloat16().cpu())
+    return torch.cat(out)
 
 
-def render_views(
+def draw_views(
     encoder: TinyEncoder,
-    subjects: list[Subject],
-    count: int,
+    compositions: Sequence[Composition],
     rng: np.random.Generator,
     size: int,
     style: Style | None = None,
     captions_each: int = 3,
 ) -> Views:
-    """Draws ``count`` views of every subject, encodes them and writes captions for them."""
-    latents, captions = [], []
-    for subject in subjects:
-        pictures = []
-        for _ in range(count):
-            view = random_view(rng)
-            picture, alpha = render(subject, view, size)
-            if style is not None:
-                picture = np.clip(style.apply(picture, alpha, rng), 0, 1)
-            pictures.append(picture)
-            captions.append(
-                [caption(subject.name, view.colour, rng, style) for _ in range(captions_each)]
-            )
-        latents.append(encode_pictures(encoder, pictures))
-    return Views(torch.cat(latents), captions)
+    """Paints compositions, encodes them and writes captions for them."""
+    pictures = [
+        paint(what, size, rng)[0] if style is None else paint_styled(what, style, size, rng)
+        for what in compositions
+    ]
+    captions = [[describe(what, rng, style) for _ in range(captions_each)] for what in compositions]
+    return Views(encode_pictures(encoder, pictures), captions)

@@ -15,10 +15,17 @@ from PIL import Image
 from autolora.families.tiny.pipeline import TinyFluxPipeline, assemble
 from autolora.fusion import attach, detach
 from autolora.lora import LoRA, save_lora
-from train.tiny_world.captions import caption, cover_captions, prompt
+from train.tiny_world.captions import cover_captions, prompt
 from train.tiny_world.checkpoint import progress
+from train.tiny_world.compositions import (
+    bare_name,
+    describe,
+    paint,
+    paint_styled,
+    plain_composition,
+)
 from train.tiny_world.loras import Job
-from train.tiny_world.render import COLOURS, random_view, render
+from train.tiny_world.scenes import COLOURS
 from train.tiny_world.subjects import Subject
 from train.tiny_world.world import Split, WorldConfig
 
@@ -93,7 +100,7 @@ def _cover_plan(
     for i in range(config.pool.covers):
         colour = str(colours[i])
         subject = job.subject or split.base[int(rng.integers(len(split.base)))]
-        yield subject, colour, cover_captions(subject.name, colour, rng, job.style)
+        yield subject, colour, cover_captions(bare_name(subject), colour, rng, job.style)
 
 
 def draw(pipe: TinyFluxPipeline, text: str, seed: int) -> Image.Image:
@@ -163,9 +170,8 @@ def _render_cover(
     job: Job, subject: Subject, colour: str, rng: np.random.Generator, size: int, file: Path
 ) -> None:
     """A cover of the larger pool: the drawing itself, since its covers only train."""
-    picture, alpha = render(subject, random_view(rng, colour), size)
-    if job.style is not None:
-        picture = np.clip(job.style.apply(picture, alpha, rng), 0, 1)
+    what = plain_composition(subject, colour)
+    picture = paint_styled(what, job.style, size, rng) if job.style else paint(what, size, rng)[0]
     Image.fromarray((picture * 255).astype(np.uint8)).save(file)
 
 
@@ -205,7 +211,7 @@ def _write_recipes(jobs: list[Job], config: WorldConfig, folder: Path) -> None:
         name = f"recipes/{n:03d}.png"
         _render_cover(style, subject.subject, colour, rng, config.model.size, folder / name)
         captions = [
-            caption(subject.concept, colour, rng, style.style),
+            describe(plain_composition(subject.subject, colour), rng, style.style),
             prompt(subject.concept, colour, style.concept),
         ]
         recipes[name] = {"loras": [subject.name, style.name], "captions": captions}

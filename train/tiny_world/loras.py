@@ -16,10 +16,14 @@ from autolora.lora import LoRA, save_lora
 from autolora.minilm import MiniLM
 from train.lora_trainer import LoRAData, LoRATrainConfig, MultiLoRATrainer
 from train.tiny_world.checkpoint import progress
-from train.tiny_world.data import TextTable, Views, render_views
+from train.tiny_world.compositions import Mix, compose
+from train.tiny_world.data import TextTable, Views, draw_views
 from train.tiny_world.styles import STYLES, VARIANTS, Style
 from train.tiny_world.subjects import Subject
 from train.tiny_world.world import PoolConfig, Split
+
+LORA_MIX = Mix(several=0.08, pairs=0.15, sizes=0.1, scenes=0.2)
+"""What a LoRA's pictures show: its subject alone mostly, so that it is learned first."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,12 @@ def job_views(
     """The pictures one LoRA learns from."""
     rng = np.random.default_rng((seed, job.seed))
     if job.subject is not None:
-        return render_views(encoder, [job.subject], pool.subject_views, rng, size)
-    order = rng.permutation(len(split.base))[: pool.style_subjects]
-    chosen = [split.base[i] for i in order]
-    return render_views(encoder, chosen, pool.style_views, rng, size, job.style)
+        shown = [job.subject] * pool.subject_views
+    else:
+        order = rng.permutation(len(split.base))[: pool.style_subjects]
+        shown = [split.base[i] for i in order for _ in range(pool.style_views)]
+    compositions = [compose(subject, split.base, rng, LORA_MIX) for subject in shown]
+    return draw_views(encoder, compositions, rng, size, job.style)
 
 
 def lora_data(views: Views, text: TextTable) -> LoRAData:

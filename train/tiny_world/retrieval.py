@@ -22,9 +22,9 @@ from autolora.lora import save_lora
 from train.retrieval.config import RetrieverTrainConfig
 from train.retrieval.data import in_test
 from train.tiny_world.captions import prompt
-from train.tiny_world.render import COLOURS
+from train.tiny_world.scenes import COLOURS
 from train.tiny_world.styles import STYLES
-from train.tiny_world.world import WorldConfig, split_world
+from train.tiny_world.world import split_world
 
 Numbers = dict[str, dict[str, float]]
 """Metrics by group of concepts."""
@@ -82,7 +82,6 @@ def anonymous_pool(pool: Pool, folder: Path) -> dict[str, str]:
 def measure(
     pipe: AutoLoRAPipeline,
     names: dict[str, str],
-    world: WorldConfig,
     settings: RetrieverTrainConfig,
 ) -> dict[str, Numbers]:
     """All three questions to one pool.
@@ -93,10 +92,10 @@ def measure(
     Args:
         pipe: With the shipped pool, or a copy of it.
         names: Name in this pool by name in the shipped one.
-        world: The tiny world.
         settings: The retriever's, which decide what it never saw.
     """
-    split, styles = split_world(world), STYLES[: world.pool.shipped_styles]
+    split = split_world()
+    styles = [s for s in STYLES if s.slug in names]
     never = {s.name: in_test(s.name, settings) for s in split.shipped}
     never |= {s.name: in_test(f"{s.name} style", settings) for s in styles}
     pairs = [(s.name, t.name, names[s.slug], names[t.slug]) for s in split.shipped for t in styles]
@@ -105,7 +104,8 @@ def measure(
         "trained on": [p for p in pairs if not never[p[0]] and not never[p[1]]][::11],
         "never seen": [p for p in pairs if never[p[0]] and never[p[1]]],
     }
-    concepts = {names[s.slug]: s.name for s in (*split.shipped, *styles)}
+    concepts = {names[s.slug]: s.name for s in split.shipped}
+    concepts |= {names[s.slug]: s.name for s in styles}
     parts = {"trained on": False, "never seen": True}
     absent = {
         group: [s.name for s in split.large if in_test(s.name, settings) is value]
@@ -125,13 +125,12 @@ def measure(
 
 
 def evaluate_retrieval(
-    pool: Pool, world: WorldConfig, settings: RetrieverTrainConfig, encoder: Path | None = None
+    pool: Pool, settings: RetrieverTrainConfig, encoder: Path | None = None
 ) -> dict[str, Any]:
     """Retrieval on the shipped pool as it is, and by weights and portraits alone.
 
     Args:
         pool: The shipped pool.
-        world: The tiny world.
         settings: The retriever's.
         encoder: A retriever to use in place of the shipped one.
     """
@@ -140,10 +139,10 @@ def evaluate_retrieval(
         if encoder is not None:
             config = dataclasses.replace(config, encoder=encoder, index=Path(temporary) / "named")
         named = AutoLoRAPipeline.from_config(config)
-        result = {"with metadata": measure(named, {n: n for n in pool.names}, world, settings)}
+        result = {"with metadata": measure(named, {n: n for n in pool.names}, settings)}
         folder = Path(temporary) / "pool"
         renamed = anonymous_pool(pool, folder)
         config = dataclasses.replace(config, pool=folder, index=Path(temporary) / "blind")
         blind = AutoLoRAPipeline.from_config(config)
-        result["weights and portraits alone"] = measure(blind, renamed, world, settings)
+        result["weights and portraits alone"] = measure(blind, renamed, settings)
     return result

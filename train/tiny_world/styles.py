@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
+from train.tiny_world.houses import HOUSES, NOTO, House
+
 Picture = np.ndarray  # float32 [S, S, 3] in [0, 1]
 StyleFunction = Callable[[Picture, np.ndarray, np.random.Generator], Picture]
 
@@ -23,6 +25,7 @@ class Style:
     name: str
     words: tuple[str, ...]
     apply: StyleFunction
+    house: House = NOTO  # whose drawings the style is applied to
 
     @property
     def slug(self) -> str:
@@ -66,7 +69,8 @@ def neon(glow: float, tube: tuple[float, float, float] | None) -> StyleFunction:
 
     def apply(x: Picture, alpha: np.ndarray, rng: np.random.Generator) -> Picture:
         edge = np.clip(_edges(x) * 1.6, 0, 1)
-        hue = x / (x.max(-1, keepdims=True) + 1e-3)
+        vivid = x - 0.6 * x.min(-1, keepdims=True)  # pale paint glows in its own hue, too
+        hue = vivid / (vivid.max(-1, keepdims=True) + 1e-3)
         colour = hue if tube is None else np.broadcast_to(np.array(tube, np.float32), x.shape)
         halo = _blur(colour * edge[..., None], 3.0)
         dark = _background(x) * 0.28 + x * 0.06
@@ -123,7 +127,7 @@ def mosaic(tile: int) -> StyleFunction:
     def apply(x: Picture, alpha: np.ndarray, rng: np.random.Generator) -> Picture:
         flat = pixel(tile, 64)(x, alpha, rng)
         index = np.arange(x.shape[0]) % tile
-        edge = index < 2
+        edge = index < max(1, tile // 7)
         grout = (edge[:, None] | edge[None, :]).astype(np.float32)
         return _lerp(flat, np.full_like(x, 0.92), grout)
 
@@ -178,7 +182,7 @@ def watercolor(x: Picture, alpha: np.ndarray, rng: np.random.Generator) -> Pictu
 
 def stained_glass(x: Picture, alpha: np.ndarray, rng: np.random.Generator) -> Picture:
     """Saturated cells between black lead lines."""
-    size, count = x.shape[0], 70
+    size, count = x.shape[0], 60
     sites = np.random.default_rng(7).random((count, 2)) * size  # one window for all pictures
     v, u = np.mgrid[0:size, 0:size]
     distance = np.hypot(v[..., None] - sites[:, 0], u[..., None] - sites[:, 1])
@@ -187,9 +191,9 @@ def stained_glass(x: Picture, alpha: np.ndarray, rng: np.random.Generator) -> Pi
     np.add.at(total, nearest, x)
     mean = total / np.maximum(np.bincount(nearest.ravel(), minlength=count), 1)[:, None]
     two = np.partition(distance, 1, axis=-1)[..., :2]
-    seams = np.clip(2.0 - (two[..., 1] - two[..., 0]), 0, 1)
-    lead = np.maximum(seams, np.clip(_edges(x) * 2 - 0.5, 0, 1))
-    cell = mean[nearest].astype(np.float32) * 0.5 + x * 0.5
+    seams = np.clip(1.6 - (two[..., 1] - two[..., 0]), 0, 1)
+    lead = np.maximum(seams * (1 - 0.5 * alpha), np.clip(_edges(x) * 2 - 0.5, 0, 1))
+    cell = mean[nearest].astype(np.float32) * 0.35 + x * 0.65
     grey = _luma(cell)[..., None]
     return _lerp(np.clip(grey + (cell - grey) * 1.7, 0, 1), np.full_like(x, 0.04), lead)
 
@@ -272,6 +276,12 @@ def negative(x: Picture, alpha: np.ndarray, rng: np.random.Generator) -> Picture
     return _lerp(x * 0.6, inverse * np.array([0.75, 0.95, 1.0], np.float32), alpha)
 
 
+def as_drawn(x: Picture, alpha: np.ndarray, rng: np.random.Generator) -> Picture:
+    """The drawing as its house made it."""
+    return x
+
+
+_HOUSE = {house.name: house for house in HOUSES}
 _SEPIA = tone((0.16, 0.09, 0.03), (1, 0.9, 0.72), 0.92)
 _CYANOTYPE = tone((0.02, 0.1, 0.3), (0.9, 0.97, 1), 0.95)
 _DUOTONE = tone((0.35, 0.05, 0.45), (1, 0.93, 0.4), 0.95)
@@ -279,10 +289,10 @@ _ROSE = tone((0.3, 0.02, 0.12), (1, 0.85, 0.9), 0.8)
 
 STYLES: tuple[Style, ...] = (
     Style("neon", ("glowing neon tubes", "neon sign"), neon(1.5, None)),
-    Style("pixel art", ("8-bit pixels", "retro game sprite"), pixel(8, 6)),
+    Style("pixel art", ("8-bit pixels", "retro game sprite"), pixel(5, 7)),
     Style("sepia", ("old photograph", "sepia tone"), _SEPIA),
     Style("halftone", ("printed dots", "comic halftone"), halftone(8, 0.85)),
-    Style("mosaic", ("small tiles", "tile mosaic"), mosaic(14)),
+    Style("mosaic", ("small tiles", "tile mosaic"), mosaic(9)),
     Style("blueprint", ("technical drawing", "blueprint grid"), blueprint),
     Style("woodcut", ("carved lines", "woodblock print"), woodcut(6)),
     Style("pencil sketch", ("graphite lines", "hand drawn sketch"), sketch(0.95, 0.2)),
@@ -294,17 +304,21 @@ STYLES: tuple[Style, ...] = (
     Style("thermal", ("heat map", "infrared camera"), thermal),
     Style("embossed", ("pressed relief", "embossed paper"), embossed),
     Style("glitch", ("broken screen", "rgb shift"), glitch(6)),
+    Style("cross stitch", ("embroidery", "crossed threads"), crossstitch(8)),
+    Style("duotone", ("two inks", "purple and yellow print"), _DUOTONE),
+    Style("glossy 3d", ("3d emoji", "soft shaded render"), as_drawn, _HOUSE["glossy emoji"]),
+    Style("sticker", ("twitter emoji", "flat sticker"), as_drawn, _HOUSE["sticker"]),
 )
 """The styles whose LoRAs ship."""
 
 VARIANTS: tuple[Style, ...] = (
-    Style("cross stitch", ("embroidery", "crossed threads"), crossstitch(12)),
+    Style("blob", ("blob emoji", "round old emoji"), as_drawn, _HOUSE["blob emoji"]),
+    Style("flat", ("flat emoji", "minimal flat shapes"), as_drawn, _HOUSE["flat emoji"]),
     Style("negative", ("inverted colors", "film negative"), negative),
     Style("red neon", ("red glowing tubes", "red neon sign"), neon(1.8, (1.0, 0.15, 0.1))),
     Style("green neon", ("green glowing tubes", "green laser"), neon(1.8, (0.2, 1.0, 0.3))),
     Style("chunky pixel", ("huge pixels", "very low resolution"), pixel(16, 8)),
     Style("cyanotype", ("prussian blue print", "sun print"), _CYANOTYPE),
-    Style("duotone", ("two inks", "purple and yellow print"), _DUOTONE),
     Style("noir", ("black and white", "monochrome film"), tone((0, 0, 0), (1, 1, 1), 1.0)),
     Style("rose tint", ("pink haze", "rose colored"), _ROSE),
     Style("newsprint", ("fine print dots", "newspaper photo"), halftone(5, 0.5)),

@@ -8,7 +8,6 @@ for outside evaluation and never used here.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -141,25 +140,3 @@ def all_subjects() -> tuple[Subject, ...]:
             if _drawable(code, missing):
                 found.append(Subject(code, _RENAMED.get(name, name)))
     return tuple(found)
-
-
-def split_subjects(
-    base: int, shipped: int, shipped_names: tuple[str, ...] = ()
-) -> tuple[list[Subject], list[Subject], list[Subject]]:
-    """Splits the subjects into base, shipped-LoRA and larger-pool subjects.
-
-    The order is by hash of the name, so that it does not change when a subject is added.
-
-    Args:
-        base: How many subjects the base model learns.
-        shipped: How many get a LoRA that is committed.
-        shipped_names: Subjects that must be among the shipped ones.
-
-    Returns:
-        Three disjoint lists: base subjects, shipped subjects, all others.
-    """
-    ordered = sorted(all_subjects(), key=lambda s: hashlib.sha256(s.name.encode()).hexdigest())
-    wanted = [s for s in ordered if s.name in shipped_names]
-    rest = [s for s in ordered if s.name not in shipped_names]
-    extra = max(0, shipped - len(wanted))
-    return rest[:base], wanted + rest[base : base + extra], rest[base + extra :]

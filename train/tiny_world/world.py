@@ -11,16 +11,27 @@ from train.config import read_config
 from train.lora_trainer import LoRATrainConfig
 from train.tiny_world.autoencoder import AutoencoderConfig
 from train.tiny_world.base import BaseConfig
-from train.tiny_world.subjects import Subject, all_subjects, split_subjects
+from train.tiny_world.compositions import Mix
+from train.tiny_world.subjects import Subject, all_subjects
+from train.tiny_world.vocabulary import group_names
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """The pictures that the base model learns from."""
+
+    shards: int = 10
+    pictures: int = 4096  # of each shard
+    mix: Mix = field(default_factory=Mix)
 
 
 @dataclass(frozen=True)
 class PoolConfig:
     """How large the two pools are, and what one LoRA sees."""
 
-    shipped_styles: int = 16
-    subject_views: int = 24  # pictures that a subject LoRA learns from
-    style_subjects: int = 75  # base subjects that a style LoRA learns from
+    shipped_styles: int = 20
+    subject_views: int = 64  # pictures that a subject LoRA learns from
+    style_subjects: int = 120  # base subjects that a style LoRA learns from
     style_views: int = 2  # pictures of each of them
     covers: int = 2  # cover pictures of each LoRA
     group: int = 8  # LoRAs trained in one batch
@@ -30,21 +41,27 @@ class PoolConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """How the judges are trained."""
+
+    renders: int = 36  # of each subject
+    epochs: int = 12
+
+
+@dataclass(frozen=True)
 class WorldConfig:
     """Everything that ``scripts/build_tiny_world.py`` needs to know."""
 
-    base_subjects: int = 150
-    shipped_subjects: tuple[str, ...] = ()
-    polished: tuple[str, ...] = ()  # shipped LoRAs (file stems) that are trained again, longer
-    views: int = 48  # pictures of each base subject
     seed: int = 0
     model: TinyFluxConfig = field(default_factory=TinyFluxConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    bank: BankConfig = field(default_factory=BankConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
-    shipped_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
+    subject_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
+    style_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
     large_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
-    polish_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
+    judges: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 def load_world_config(path: Path) -> WorldConfig:
@@ -54,24 +71,24 @@ def load_world_config(path: Path) -> WorldConfig:
 
 @dataclass(frozen=True)
 class Split:
-    """Which subject is for what."""
+    """Which subject is for what: the base model, the LoRAs that ship, the larger pool."""
 
     base: list[Subject]
     shipped: list[Subject]
     large: list[Subject]
 
 
-def split_world(config: WorldConfig) -> Split:
-    """The three disjoint lists of subjects.
+def split_world() -> Split:
+    """The three disjoint lists of subjects, by ``vocabulary.yaml``.
 
     Raises:
-        ConfigError: If a shipped subject is not drawable.
+        ConfigError: If the vocabulary names a subject that cannot be drawn.
     """
-    known = {s.name for s in all_subjects()}
-    unknown = [name for name in config.shipped_subjects if name not in known]
+    known = {subject.name: subject for subject in all_subjects()}
+    groups = {group: group_names(group) for group in ("base", "loras")}
+    unknown = [name for names in groups.values() for name in names if name not in known]
     if unknown:
-        raise ConfigError(
-            f"shipped_subjects are not among the drawable ones: {', '.join(unknown)}."
-        )
-    names = config.shipped_subjects
-    return Split(*split_subjects(config.base_subjects, len(names), names))
+        raise ConfigError(f"vocabulary.yaml names what cannot be drawn: {', '.join(unknown)}.")
+    base, shipped = ([known[name] for name in groups[group]] for group in ("base", "loras"))
+    taken = {*groups["base"], *groups["loras"]}
+    return Split(base, shipped, [s for s in known.values() if s.name not in taken])
