@@ -43,10 +43,11 @@ from train.tiny_world.portraits import take_portraits
 from train.tiny_world.probes import train_judges
 from train.tiny_world.relay import RELAY, load_relay, save_relay
 from train.tiny_world.subjects import all_subjects
+from train.tiny_world.turbo import train_turbo
 from train.tiny_world.widen import widen
 from train.tiny_world.world import Split, WorldConfig, load_world_config, split_world
 
-STAGES = ("bank", "base", "judges", "loras", "export", "large", "portraits")
+STAGES = ("bank", "base", "turbo", "judges", "loras", "export", "large", "portraits")
 APART = ("autoencoder", "hand-on")  # run only when they are named
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,6 +140,22 @@ class Builder:
             self.model_file, self.config.model, {"dit": dit, **self._autoencoder()}, provenance
         )
 
+    def turbo(self) -> None:
+        """Distils the base model to four steps without guidance."""
+        config, teacher = self._model_file("tiny-flux.safetensors")
+        student = self._model_file("tiny-flux.safetensors")[1]["dit"]
+        bank = Bank(self.work / "bank", self.device)
+        student = train_turbo(
+            self.config.turbo,
+            student.train().requires_grad_(True),
+            teacher["dit"].requires_grad_(False),
+            bank,
+            self.work,
+            self.minutes,
+        )
+        header = {"script": "scripts/build_tiny_world.py", "steps": str(self.config.turbo.steps)}
+        save_tiny(self.work / "tiny-turbo.safetensors", config, {**teacher, "dit": student}, header)
+
     def hand_on(self) -> None:
         """Writes the newest averaged weights where the next run finds them, in any checkout."""
         weights, step = averaged_weights(self.work)
@@ -146,12 +163,13 @@ class Builder:
         save_relay(RELAY, self.config.model, weights, step, f"{before} steps before these")
         print(f"step {step}: {RELAY.stat().st_size / 1e6:.1f} MB")
 
-    def _model(self) -> dict[str, Any]:
-        _, modules = load_tiny(self.model_file)
-        return {name: module.to(self.device).eval() for name, module in modules.items()}
+    def _model_file(self, name: str) -> tuple[Any, dict[str, Any]]:
+        """Sizes and modules of a model in the work folder."""
+        config, modules = load_tiny(self.work / name)
+        return config, {n: module.to(self.device).eval() for n, module in modules.items()}
 
     def _train_pool(self, which: str, jobs: list[Job], config: Any) -> int:
-        modules = self._model()
+        _, modules = self._model_file("tiny-flux.safetensors")
         return train_jobs(
             jobs,
             modules["dit"],
@@ -228,7 +246,9 @@ def main() -> None:
     try:
         config = load_world_config(args.config)
         if device.type == "cuda":
-            config = dataclasses.replace(config, base=config.base.on_cuda())
+            config = dataclasses.replace(
+                config, base=config.base.on_cuda(), turbo=config.turbo.on_cuda()
+            )
         args.work.mkdir(parents=True, exist_ok=True)
         builder = Builder(config, args.work, device, args.minutes)
         for stage in args.stage or STAGES:

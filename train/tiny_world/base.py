@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from autolora.families.tiny.model import TinyFluxDiT
 from train.flow import add_noise, plain_attention, predict_velocity, sample_sigmas
@@ -40,7 +42,7 @@ class BaseConfig:
     cuda_batch: int = 512  # a batch that fills a card, with rates raised to match
     cuda_lr: float = 2e-3
 
-    def on_cuda(self) -> BaseConfig:
+    def on_cuda(self) -> Self:
         """The same training with a card's batch and rates."""
         ratio = self.cuda_lr / self.lr
         return replace(self, batch=self.cuda_batch, lr=self.cuda_lr, muon_lr=self.muon_lr * ratio)
@@ -134,10 +136,57 @@ def rate_share(step: int, config: BaseConfig) -> float:
     return share
 
 
+def train_relay(
+    config: BaseConfig,
+    dit: nn.Module,
+    loss: Callable[[torch.Generator], Tensor],
+    state: Path,
+    on_save: Callable[[], object] = lambda: None,
+    minutes: float | None = None,
+) -> None:
+    """Trains, or goes on from ``state``; ``dit`` has the averaged weights in the end.
+
+    Args:
+        config: How.
+        dit: The model; where a run that has no checkpoint starts from.
+        loss: The loss of one step, all of whose random numbers come from the generator it is given.
+        state: The checkpoint.
+        on_save: Called after each checkpoint.
+        minutes: Stop after so long; None runs to the last step.
+    """
+    optimizers, average = Optimizers(dit, config), Average(dit, config.average)
+    start = load_checkpoint(state, dit, optimizers, average=average)
+    saved = begun = time.monotonic()
+    mean_loss = math.nan
+    for step in progress(range(start, config.steps), state.stem, total=config.steps):
+        optimizers.set_rate(rate_share(step, config))
+        # Each step has its own random numbers, so a run that was stopped goes on to the same ones.
+        value = loss(torch.Generator().manual_seed(step))
+        optimizers.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        optimizers.step()
+        average.update(dit)
+        one = value.item()
+        mean_loss = one if math.isnan(mean_loss) else 0.995 * mean_loss + 0.005 * one
+        now = time.monotonic()
+        out_of_time = minutes is not None and now - begun > 60 * minutes
+        if step % 50 == 0:
+            progress.note(f"loss {mean_loss:.4f}")
+        if now - saved > 180 or step + 1 == config.steps or out_of_time:
+            save_checkpoint(state, dit, optimizers, step + 1, average=average.state_dict())
+            on_save()
+            saved = now
+        if out_of_time:
+            break
+    dit.load_state_dict(average.weights)
+    dit.eval().requires_grad_(False)
+
+
 def train_base(
     config: BaseConfig, dit: TinyFluxDiT, bank: Bank, folder: Path, minutes: float | None = None
 ) -> TinyFluxDiT:
-    """Trains from ``dit``, or resumes from ``folder``; returns the averaged model for evaluation.
+    """Trains from ``dit``, or goes on from ``folder``; returns the averaged model for evaluation.
 
     Args:
         config: How.
@@ -146,57 +195,31 @@ def train_base(
         folder: Of the checkpoint ``base.pt``.
         minutes: Stop after so long; None runs to the last step.
     """
-    optimizers, average = Optimizers(dit, config), Average(dit, config.average)
-    state = folder / "base.pt"
-    start = load_checkpoint(state, dit, optimizers, average=average)
-    device = next(dit.parameters()).device
+    compile_blocks(dit, config)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return flow_loss(config, dit, bank, generator)
+
+    train_relay(config, dit, loss, folder / "base.pt", bank.refresh, minutes)
+    return dit
+
+
+def compile_blocks(dit: nn.Module, config: BaseConfig) -> None:
+    """Compiles the blocks, where the config wants it: a step then takes half the time on a CPU."""
     if config.compile:
-        for block in (*dit.blocks, *dit.single_blocks):
+        for block in (*dit.blocks, *dit.single_blocks):  # type: ignore[misc]
             block.compile(dynamic=False)
-    saved = begun = time.monotonic()
-    mean_loss = math.nan
-    for step in progress(range(start, config.steps), "base model", total=config.steps):
-        optimizers.set_rate(rate_share(step, config))
-        # Each step has its own random numbers, so a run that was stopped goes on to the same ones.
-        generator = torch.Generator().manual_seed(step)
-        loss = _step(config, dit, bank, optimizers, generator, device)
-        average.update(dit)
-        mean_loss = loss if math.isnan(mean_loss) else 0.995 * mean_loss + 0.005 * loss
-        now = time.monotonic()
-        out_of_time = minutes is not None and now - begun > 60 * minutes
-        if step % 50 == 0:
-            progress.note(f"loss {mean_loss:.4f}")
-        if now - saved > 180 or step + 1 == config.steps or out_of_time:
-            save_checkpoint(state, dit, optimizers, step + 1, average=average.state_dict())
-            bank.refresh()
-            saved = now
-        if out_of_time:
-            break
-    dit.load_state_dict(average.weights)
-    return dit.eval().requires_grad_(False)
 
 
-def _step(
-    config: BaseConfig,
-    dit: TinyFluxDiT,
-    bank: Bank,
-    optimizers: Optimizers,
-    generator: torch.Generator,
-    device: torch.device,
-) -> float:
-    """One optimizer step; returns its loss."""
+def flow_loss(config: BaseConfig, dit: nn.Module, bank: Bank, generator: torch.Generator) -> Tensor:
+    """The flow-matching loss of one batch: mean squared error of the velocity."""
     x0, states, pooled = bank.sample(config.batch, config.empty_prompts, generator)
+    device = x0.device
     noise = torch.randn(x0.shape, generator=generator).to(device)
     sigmas = sample_sigmas(config.batch, config.sigma_mean, config.sigma_std, generator).to(device)
-    x0, states, pooled = x0.to(device), states.to(device), pooled.to(device)
     with torch.autocast(device.type, torch.bfloat16), plain_attention(device):
         velocity = predict_velocity(dit, add_noise(x0, noise, sigmas), sigmas, states, pooled)
-        loss = (velocity.float() - (noise - x0)).pow(2).mean()
-        optimizers.zero_grad()
-        loss.backward()
-    nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-    optimizers.step()
-    return loss.item()
+        return (velocity.float() - (noise - x0)).pow(2).mean()
 
 
 def averaged_weights(folder: Path) -> tuple[dict[str, Tensor], int]:

@@ -13,6 +13,7 @@ from train.tiny_world.autoencoder import AutoencoderConfig
 from train.tiny_world.base import BaseConfig
 from train.tiny_world.compositions import Mix
 from train.tiny_world.subjects import Subject, all_subjects
+from train.tiny_world.turbo import TurboConfig
 from train.tiny_world.vocabulary import group_names
 
 
@@ -57,6 +58,7 @@ class WorldConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     bank: BankConfig = field(default_factory=BankConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
+    turbo: TurboConfig = field(default_factory=TurboConfig)
     pool: PoolConfig = field(default_factory=PoolConfig)
     subject_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
     style_lora: LoRATrainConfig = field(default_factory=LoRATrainConfig)
