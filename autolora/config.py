@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import yaml
@@ -32,8 +33,16 @@ from autolora.files import replacing
 SOURCES = ("modelscope", "huggingface")
 OFFLOADS = ("auto", "none", "parts", "layers")
 TEXT_STORAGES = ("auto", "float8")
-PARTS = ("transformer", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
-"""Parts of a FLUX.1 model, named as the folders of its published repositories."""
+PARTS = (
+    "transformer",
+    "text_encoder",
+    "text_encoder_2",
+    "vae",
+    "tokenizer",
+    "tokenizer_2",
+    "processor",
+)
+"""Parts of full-size models, named as the folders of its published repositories."""
 
 _HUB_REFERENCE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<pattern>[^:]+))?")
 
@@ -72,6 +81,8 @@ class CheckpointSettings:
     """Folder of CLIP's tokenizer."""
     tokenizer_2: str | None = None
     """Folder of T5's tokenizer."""
+    processor: str | None = None
+    """Folder of the processor of a model that reads pictures with its text encoder."""
     folder: Path = Path("models")
     """Where files of hub repositories are kept, as ``folder/owner/name/...``."""
     source: str = "modelscope"
@@ -229,7 +240,10 @@ def _convert(expected: str, value: Any) -> Any:
     return Path(value) if plain == "Path" else value
 
 
-KINDS = ("tiny", "flux1")
+KINDS = tuple(
+    sorted(m.name for m in iter_modules([str(Path(__file__).parent / "families")]) if m.ispkg)
+)
+"""Families of base models: each is a folder of `autolora.families`."""
 PLAIN_STORAGES = ("float8", "bfloat16", "float32")
 PACKED_STORAGES = ("nf4", "torchao_float8", "torchao_float8_dynamic")
 """Storages that a library packs weights for; full-size models only."""
@@ -536,7 +550,7 @@ def _root(path: Path) -> Path:
     folder = path.resolve().parent
     if folder.name != "configs":
         return folder
-    inside_package = (folder.parent / "flux").is_dir() and (folder.parent / "cli.py").is_file()
+    inside_package = (folder.parent / "families").is_dir() and (folder.parent / "cli").is_dir()
     return Path.cwd() if inside_package else folder.parent
 
 

@@ -6,13 +6,14 @@ import platform
 import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from autolora.config import PipelineConfig
 from autolora.errors import ConfigError
-from autolora.families.flux1.others import check_plain
-from autolora.families.flux1.part_files import flux_sizes, model_sizes
-from autolora.families.flux1.sizes import FLUX1_DEV, ModelSizes
+from autolora.families.base import Family
+from autolora.families.headers import check_part, model_sizes
+from autolora.families.registry import find_family
 from autolora.runtime.checkpoints import TOKENIZERS, Located, download_command, locate, several
 from autolora.runtime.hardware import (
     Hardware,
@@ -24,8 +25,8 @@ from autolora.runtime.hardware import (
     settle_types,
     why_no_cuda,
 )
-from autolora.runtime.memory import GIB, all_needs, estimate, plan_memory
-from autolora.safetensors_io import gigabytes, read_headers
+from autolora.runtime.memory import GIB, ModelSizes, all_needs, estimate, plan_memory
+from autolora.safetensors_io import gigabytes
 
 PROGRAMS = (
     "autolora",
@@ -78,14 +79,16 @@ def examine(config: PipelineConfig) -> dict[str, Any]:
         "here": None,
         "problems": problems,
     }
-    if config.kind == "tiny":
-        found["model"] = _examine_tiny(config, problems)
+    family = find_family(config.kind)
+    if family.packaged is not None:
+        found["model"] = _examine_packaged(config, config.weights or family.packaged, problems)
     else:
-        found["model"], sizes = _examine_files(config, problems)
+        found["model"], sizes = _examine_files(config, family, problems)
         device = _device(config, problems)
         card = device if device and device.capability else None
-        found["needs"] = _needs(config, sizes, card, free)
-        if device is not None:
+        if sizes is not None:
+            found["needs"] = _needs(config, sizes, card, free)
+        if sizes is not None and device is not None:
             found["here"] = _here(config, sizes, device, free, problems)
     return found
 
@@ -98,11 +101,16 @@ def _version(name: str) -> str | None:
 
 
 def _examine_files(
-    config: PipelineConfig, problems: list[str]
-) -> tuple[dict[str, Any], ModelSizes]:
-    """Files of a full-size model, and the sizes that they tell; the published ones otherwise."""
-    located = locate(config)
-    broken = {name: problem for name, entry in located.items() if (problem := _wrong(entry))}
+    config: PipelineConfig, family: Family, problems: list[str]
+) -> tuple[dict[str, Any], ModelSizes | None]:
+    """Files of a full-size model, and the sizes that they tell; else published ones, if known."""
+    located = locate(config, family.parts)
+    located = {
+        name: entry
+        for name, entry in located.items()
+        if entry.complete or not family.parts[name].optional
+    }
+    broken = {name: p for name, entry in located.items() if (p := _wrong(family, entry))}
     absent = [n for n, entry in located.items() if not entry.complete and not entry.candidates]
     if absent:
         problems.append(f"Files are missing: {', '.join(absent)}.")
@@ -110,9 +118,11 @@ def _examine_files(
         if entry.candidates:
             problems.append(f"The {entry.part} is not clear: {several(entry)}.")
     problems += broken.values()
-    sizes = FLUX1_DEV
+    whole = {n: entry for n, entry in located.items() if n not in broken}
+    sizes = None
     try:
-        sizes = model_sizes({n: entry for n, entry in located.items() if n not in broken})
+        sizes = family.sizes({}) if family.sizes else None
+        sizes = family.sizes(whole) if family.sizes else model_sizes(family, whole)
     except ConfigError as error:
         problems.append(str(error))
     model = {
@@ -120,34 +130,36 @@ def _examine_files(
         "kind": config.kind,
         "files": [_describe(entry, name in broken) for name, entry in located.items()],
         "command": download_command(config, located.values()),
-        "parameters": {
-            "transformer": sizes.flux.parameters,
-            "text_encoder": sizes.text_encoder,
-            "text_encoder_2": sizes.text_encoder_2,
-            "vae": sizes.vae,
-        },
+        "parameters": {} if sizes is None else _parameters(sizes),
     }
     return model, sizes
 
 
-def _wrong(entry: Located) -> str | None:
+def _parameters(sizes: ModelSizes) -> dict[str, int]:
+    counts = {
+        "transformer": sizes.denoiser.parameters,
+        "text_encoder": sizes.text_encoder,
+        "text_encoder_2": sizes.text_encoder_2,
+        "vae": sizes.vae,
+    }
+    return {part: count for part, count in counts.items() if count}
+
+
+def _wrong(family: Family, entry: Located) -> str | None:
     """What is wrong with the files of a part that are there, by their headers."""
     if not entry.complete or entry.part in TOKENIZERS:
         return None
     try:
-        if entry.part == "transformer":
-            flux_sizes(entry)
+        if family.check_part is not None:
+            family.check_part(entry)
         else:
-            check_plain(read_headers(entry.paths), entry.paths[0])
+            check_part(family, entry)
     except ConfigError as error:
         return str(error)
     return None
 
 
-def _examine_tiny(config: PipelineConfig, problems: list[str]) -> dict[str, Any]:
-    from autolora.families.tiny.weights import SHIPPED
-
-    path = config.weights or SHIPPED
+def _examine_packaged(config: PipelineConfig, path: Path, problems: list[str]) -> dict[str, Any]:
     size = path.stat().st_size if path.is_file() else None
     if size is None:
         problems.append(f"The weights {path} are missing; check the repository out again.")

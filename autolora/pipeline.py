@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import PipelineConfig, load_config
-from autolora.families.flux1.tables import linear_layers
 from autolora.generate.active_adapters import Attachments, Chosen
 from autolora.generate.plan import Plan, Planner, keep_fitting
 from autolora.generate.report import Output, Report
@@ -19,6 +18,8 @@ from autolora.lora import Pool
 from autolora.request import AskedLoRA, check_batch, make_request, parse_prompt
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from autolora.fusion import AttachReport, GateBank
     from autolora.generate.sample import Preview
     from autolora.lora import LoRA
@@ -83,6 +84,11 @@ class AutoLoRAPipeline:
         from autolora.families.load import load_pipeline
 
         return load_pipeline(self.config)
+
+    @property
+    def _denoiser(self) -> nn.Module:
+        model: nn.Module = self.base.family.model(self.base)
+        return model
 
     @cached_property
     def gates(self) -> GateBank | None:
@@ -183,6 +189,8 @@ class AutoLoRAPipeline:
             AutoLoRAError: An unknown name, or an adapter or gates that do not fit the base model;
                 what was attached before then stays.
         """
+        from autolora.fusion import linear_shapes
+
         with self._lock:
             loras = [
                 self.pool.load(lora) if isinstance(lora, str) else lora for lora, _ in adapters
@@ -191,7 +199,7 @@ class AutoLoRAPipeline:
                 Chosen(lora, strength, "attached")
                 for lora, (_, strength) in zip(loras, adapters, strict=True)
             ]
-            keep_fitting(chosen, linear_layers(self.base.dit), [])
+            keep_fitting(chosen, linear_shapes(self._denoiser), [])
             return self._attachments.attach(chosen, strategy or self.config.strategy)
 
     def set_strengths(self, strengths: Mapping[str, float]) -> None:
@@ -225,7 +233,7 @@ class AutoLoRAPipeline:
             if name is not None:
                 self._attachments.detach(name)
             else:
-                self._attachments.clear(self.base.dit if "base" in self.__dict__ else None)
+                self._attachments.clear(self._denoiser if "base" in self.__dict__ else None)
 
     def __call__(
         self,

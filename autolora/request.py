@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from autolora.config import (
     PipelineConfig,
@@ -215,6 +216,7 @@ class Request:
         top_k: Most adapters to take.
         true_cfg: Scale of classifier-free guidance beside embedded guidance; 1 is off.
         notes: Where this is not quite what was asked for, one sentence each.
+        inputs: Further inputs by the pipeline's own names, such as ``input_image``.
     """
 
     typed: str
@@ -230,6 +232,7 @@ class Request:
     top_k: int
     true_cfg: float = 1.0
     notes: tuple[str, ...] = ()
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_request(

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 import struct
 from collections import Counter
@@ -511,8 +512,21 @@ class Recipe:
 def shape_of(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
     """Shape of what a recipe gives."""
     shapes = [tensors[name].shape for name in recipe.sources]
-    rows = sum(shape[0] for shape in shapes)
-    return (1,) * recipe.leading + (rows, *shapes[0][1:]) + (1,) * recipe.trailing
+    joined = shapes[0]
+    if len(shapes) > 1:
+        joined = (sum(shape[0] for shape in shapes), *joined[1:])
+    return (1,) * recipe.leading + joined + (1,) * recipe.trailing
+
+
+def count_blocks(names: Iterable[str], blocks: str) -> int:
+    """Number of blocks under a name, one more than the highest index.
+
+    Args:
+        names: Names of tensors.
+        blocks: Dotted path of the list of blocks.
+    """
+    pattern = re.compile(re.escape(blocks) + r"\.(\d{1,5})\.")
+    return max((int(m[1]) + 1 for name in names if (m := pattern.match(name))), default=0)
 
 
 def cook(recipe: Recipe, read: Callable[[str], Tensor]) -> Tensor:

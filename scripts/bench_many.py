@@ -24,7 +24,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
-from autolora.families.load import text_length_for
 from autolora.pipeline import AutoLoRAPipeline
 
 
@@ -71,7 +70,7 @@ def make_ways(
                 height=config.height,
                 num_inference_steps=arguments.steps,
                 sigma_shift=config.sigma_shift,
-                t5_sequence_length=text_length_for(base, [prompt, ""]),
+                **base.family.inputs(base, [prompt, ""]),
                 progress_bar_cmd=lambda steps: steps,
                 **guidance,
             )

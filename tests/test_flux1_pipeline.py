@@ -18,13 +18,16 @@ from tests.families.flux1 import real_format
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Published files, a pool of three LoRAs in three formats, and a configuration."""
     from autolora.config import PipelineConfig
+    from autolora.families.flux1 import FAMILY
     from autolora.families.flux1.part_files import flux_sizes
     from autolora.lora import save_lora
     from autolora.runtime.checkpoints import locate_part
 
     root = tmp_path_factory.mktemp("flux1")
     files = real_format.write(root / "files")
-    part = locate_part(PipelineConfig("x", kind="flux1", weights=files.bfl), "transformer")
+    part = locate_part(
+        PipelineConfig("x", kind="flux1", weights=files.bfl), "transformer", FAMILY.parts
+    )
     shapes = flux_sizes(part).linear_shapes()
     pool = root / "pool"
     pool.mkdir()

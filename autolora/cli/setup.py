@@ -109,16 +109,21 @@ def _check_weights(model: str, path: Path) -> None:
         ConfigError: It is.
     """
     from autolora.config import PipelineConfig, load_config
-    from autolora.families.flux1.part_files import flux_sizes
+    from autolora.families.headers import check_part
+    from autolora.families.registry import find_family
     from autolora.runtime.checkpoints import locate_part
     from autolora.safetensors_io import read_checkpoint_header
 
-    if load_config(model).kind == "tiny":
+    family = find_family(load_config(model).kind)
+    if family.packaged is not None:
         read_checkpoint_header(path)
         return
-    transformer = locate_part(PipelineConfig("new", kind="flux1", weights=path), "transformer")
-    if transformer.complete:
-        flux_sizes(transformer)
+    new = PipelineConfig("new", kind=family.name, weights=path)
+    transformer = locate_part(new, "transformer", family.parts)
+    if transformer.complete and family.check_part is not None:
+        family.check_part(transformer)
+    elif transformer.complete:
+        check_part(family, transformer)
 
 
 def _index(target: Path) -> None:

@@ -1,1 +1,1 @@
-"""Base models by family."""
+"""Base models behind one seam: what differs between them is in `autolora.families.base.Family`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from autolora.config import PipelineConfig
 from autolora.errors import shown
@@ -116,13 +116,6 @@ def text_note(name: str, which: str, layers: int, fits: bool) -> str:
     return f"This base model has no {encoder}; that part of {shown(name)} is left out."
 
 
-TEXT_ENCODERS: Mapping[Literal["clip", "t5"], str] = {
-    "clip": "text_encoder_1",
-    "t5": "text_encoder_2",
-}
-"""What an adapter's parts for text encoders are called, and where DiffSynth has those."""
-
-
 class Attachments:
     """The adapters that stay attached, and what is in force while a picture is made.
 
@@ -163,6 +156,11 @@ class Attachments:
         """Strength by name of what stays attached."""
         return {entry.lora.name: entry.strength for entry in self.chosen}
 
+    def _denoiser(self) -> nn.Module:
+        base = self._base()
+        model: nn.Module = base.family.model(base)
+        return model
+
     def attach(self, chosen: Sequence[Chosen], strategy: str) -> AttachReport:
         """Attach adapters in place of those that are; layers that stay the same are not touched.
 
@@ -173,7 +171,7 @@ class Attachments:
 
         notes: list[str] = []
         pairs = self._pairs(chosen, strategy, notes)
-        report = switch(self._base().dit, pairs, strategy, self._gates())
+        report = switch(self._denoiser(), pairs, strategy, self._gates())
         self.chosen, self.strategy = list(chosen), strategy
         self._report, self._notes, self._set_aside = report, notes, False
         return report
@@ -196,7 +194,7 @@ class Attachments:
         if self._merges:
             self._merge_anew(changed)
         elif changed:
-            set_strengths(self._base().dit, strengths)
+            set_strengths(self._denoiser(), strengths)
             self.chosen, self._report = changed, None
 
     def detach(self, name: str) -> None:
@@ -213,7 +211,7 @@ class Attachments:
         if self._merges:
             self._merge_anew(rest)
         else:
-            remove(self._base().dit, name)
+            remove(self._denoiser(), name)
             self.chosen, self._report = rest, None
 
     @property
@@ -250,7 +248,7 @@ class Attachments:
         from autolora.fusion import restore
 
         base = self._base()
-        if restore(base.dit):
+        if restore(base.family.model(base)):
             self._set_aside = True
         return base
 
@@ -275,7 +273,7 @@ class Attachments:
         """
         from autolora.fusion import attached
 
-        dit = self._base().dit
+        dit = self._denoiser()
         with ExitStack() as stack:
             if self._is_attached(chosen, strategy):
                 report = self._in_place()
@@ -311,7 +309,7 @@ class Attachments:
             return [(entry.lora, entry.strength) for entry in ordered]
         pairs: list[tuple[Adapter, float]] = []
         for entry in ordered:
-            ready = self._prepare(entry.lora, self._base().dit)
+            ready = self._prepare(entry.lora, self._denoiser())
             notes += approximation_notes(entry.lora, ready.errors)
             pairs.append((ready, entry.strength))
         return pairs
@@ -336,8 +334,10 @@ class Attachments:
         from autolora.fusion import attached, linear_shapes
 
         base, found = self._base(), False
-        for which, attribute in TEXT_ENCODERS.items():
-            encoder: nn.Module = getattr(base, attribute)
+        for which, attribute in base.family.text_encoders.items():
+            encoder: nn.Module | None = getattr(base, attribute)
+            if encoder is None:  # of another model of the family
+                continue
             layers = linear_shapes(encoder).keys()
             pairs: list[tuple[Adapter, float]] = []
             for entry in sorted(chosen, key=lambda entry: entry.lora.name):

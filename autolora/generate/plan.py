@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from autolora.config import PipelineConfig
 from autolora.errors import GenerationError, LoRAFormatError, PoolError, shown
-from autolora.families.flux1.tables import linear_layers
 from autolora.generate.active_adapters import Attachments, Chosen
 from autolora.generate.report import Report
 from autolora.generate.reproduce import identify_base, program_versions
@@ -258,7 +257,8 @@ def base_notes(base: Any, request: Request, chosen: Sequence[Chosen], prompt: st
         if note := _strength_note(entry):
             notes.append(note)
     if request.negative_prompt and not _two_passes(base, request):
-        key = "guidance" if base.dit.guidance_embedder is None else "true_cfg in the configuration"
+        embedded = base.family.embeds_guidance(base)
+        key = "true_cfg in the configuration" if embedded else "guidance"
         notes.append(f"The negative prompt has no effect: it needs {key} other than 1.")
     length = getattr(base, "text_length", None)
     if length is not None and len(base.tokenizer_2(prompt).input_ids) > length:
@@ -281,7 +281,7 @@ def _strength_note(entry: Chosen) -> str | None:
 
 
 def _two_passes(base: Any, request: Request) -> bool:
-    scale = request.guidance if base.dit.guidance_embedder is None else request.true_cfg
+    scale = request.true_cfg if base.family.embeds_guidance(base) else request.guidance
     return scale != 1.0
 
 
@@ -337,7 +337,7 @@ class Planner:
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
-        from autolora.fusion import get_strategy
+        from autolora.fusion import get_strategy, linear_shapes
 
         request = make_request(self._config, prompt, seed=seed, **wanted)
         asked = merge_asked(asked_loras(loras), request.tags)
@@ -350,7 +350,7 @@ class Planner:
         chosen = self._select(request, asked, retrieve, notes)
         clock.mark("retrieve")
         base = self._base()
-        chosen = keep_fitting(chosen, linear_layers(base.dit), notes)
+        chosen = keep_fitting(chosen, linear_shapes(base.family.model(base)), notes)
         gated = bool(chosen) and uses_gates and self._gates() is not None
         if chosen and uses_gates and not gated:
             notes.append("There are no trained gates for this base model; the adapters are summed.")

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from autolora.config import PortraitSettings
-from autolora.families.load import text_length_for
 
 LATENT_CHANNELS = 16
 PIXELS_PER_LATENT = 8
@@ -98,9 +97,9 @@ class Portraits:
         text = {
             name: value.expand(len(noise), *value.shape[1:]) for name, value in self._text.items()
         }
-        pipe.load_models_to_device(["dit"])
+        pipe.load_models_to_device([pipe.family.denoiser])
         velocity = pipe.model_fn(
-            pipe.dit,
+            pipe.family.model(pipe),
             latents=noise.to(**place),
             timestep=(sigmas * TIMESTEPS).to(**place),
             guidance=torch.full((len(noise),), EMBEDDED_GUIDANCE, **place),
@@ -117,6 +116,6 @@ def _encode(pipe: Any, prompt: str) -> dict[str, Tensor]:
     pipe.load_models_to_device(unit.onload_model_names)
     with torch.no_grad():
         encoded: dict[str, Tensor] = unit.process(
-            pipe, prompt=prompt, t5_sequence_length=text_length_for(pipe, [prompt]), positive=True
+            pipe, prompt=prompt, **pipe.family.inputs(pipe, [prompt]), positive=True
         )
     return encoded

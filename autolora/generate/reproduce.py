@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, Protocol
 import autolora
 from autolora.config import PipelineConfig
 from autolora.errors import GenerationError, LoRAFormatError, shown
+from autolora.families.registry import find_family
 from autolora.generate.png import WORKFLOW_CHUNK, read_texts
 from autolora.generate.report import (
     CHUNK,
@@ -39,6 +40,7 @@ from autolora.generate.report import (
 )
 from autolora.lora import Pool
 from autolora.request import AskedLoRA
+from autolora.runtime.checkpoints import locate
 from autolora.safetensors_io import file_sha256
 
 MAX_WHOLE_BYTES = 1 << 28
@@ -80,14 +82,11 @@ def identify_base(config: PipelineConfig) -> BaseModel:
 
 def base_files(config: PipelineConfig) -> Mapping[str, Path]:
     """Return the files of a base model by part; shards of one part are numbered."""
-    if config.kind == "tiny":
-        from autolora.families.tiny.weights import SHIPPED
-
-        return {"transformer": config.weights or SHIPPED}
-    from autolora.runtime.checkpoints import locate
-
+    family = find_family(config.kind)
+    if family.packaged is not None:
+        return {"transformer": config.weights or family.packaged}
     files = {}
-    for part, located in locate(config).items():
+    for part, located in locate(config, family.parts).items():
         paths = [path for path in located.paths if path.is_file()]
         for number, path in enumerate(paths):
             files[part if len(paths) == 1 else f"{part}.{number + 1}"] = path
@@ -96,10 +95,9 @@ def base_files(config: PipelineConfig) -> Mapping[str, Path]:
 
 def shipped_gate(config: PipelineConfig) -> Path | None:
     """The gates that the package ships for its own base model, where it does."""
-    from autolora.families.tiny.weights import SHIPPED
-
-    path = SHIPPED.with_name("gate.safetensors")
-    return path if config.uses_shipped_weights and path.is_file() else None
+    packaged = find_family(config.kind).packaged
+    path = packaged and packaged.with_name("gate.safetensors")
+    return path if path and config.uses_shipped_weights and path.is_file() else None
 
 
 def fingerprint(path: Path) -> str:

@@ -1,36 +1,38 @@
-"""Draws pictures with a DiffSynth pipeline: texts once, then steps, previews and decoding.
+"""Drives any DiffSynth image pipeline: inputs, units, steps, previews and decoding.
 
-The arithmetic is that of DiffSynth's ``FluxImagePipeline.__call__`` (a test compares the bytes),
-taken apart so that several pictures share one reading of the prompt, a preview sees the latents,
-and an interrupted picture leaves the pipeline as it was.
+All of DiffSynth's image pipelines do the same three things: their ``__call__`` sorts arguments into
+three dictionaries and sets the scheduler, their units turn these into tensors, and a loop calls
+``cfg_guided_model_fn`` and ``step``. Here the first is taken from ``__call__`` itself, which is
+stopped at its first unit; the second and third are repeated so that several pictures share one
+reading of the prompt, a preview sees the latents, and an interrupted picture leaves the pipeline as
+it was. A test compares the bytes with ``__call__`` for every family.
 
-Shape legend: B pictures, C = 16 latent channels, h w latent sides (pixels / 8).
-
-From a plan to pictures: adapters in force, prompt read once, one picture per seed.
+Shape legend: B pictures, C latent channels, h w latent sides.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from autolora.families.load import text_length_for
+from autolora.errors import GenerationError, shown
+from autolora.families.base import Family
 from autolora.fusion.attach import ready_beside
 from autolora.generate.plan import Plan
 from autolora.generate.report import Output
 from autolora.request import Request
 
-LATENT_CHANNELS = 16
-PIXELS_PER_LATENT = 8
 PREVIEW_SIDE = 64
 """Longest side of the latents that a preview decodes; larger ones are shrunk first."""
 
@@ -38,6 +40,36 @@ Progress = Callable[[int, int], None]
 """Called as ``progress(steps done, steps in all)``, first with 0."""
 Preview = Callable[[int, Image], None]
 """Called as ``preview(steps done, picture)`` with the model's guess of the finished picture."""
+
+_OWN = frozenset(
+    [
+        "self",
+        "prompt",
+        "negative_prompt",
+        "cfg_scale",
+        "embedded_guidance",
+        "height",
+        "width",
+        "seed",
+        "rand_device",
+        "num_inference_steps",
+        "t5_sequence_length",
+        "tiled",
+        "progress_bar_cmd",
+    ]
+)
+"""Arguments that a request has fields for, or that the pipeline's configuration settles."""
+_REFUSED = {
+    "lora": "adapters",
+    "negative_lora": "adapters",
+    "positive_only_lora": "adapters",
+    "lora_encoder_inputs": "adapters",
+    "layer_num": "one picture at a time",
+}
+"""Arguments that would step around what is done here, and what is there in their place."""
+
+_Inputs = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+"""A pipeline's inputs: shared, of the prompt, of the negative prompt."""
 
 
 @dataclass
@@ -50,27 +82,12 @@ class Timings:
 
 
 @dataclass
-class Texts:
-    """What the transformer reads of a prompt, and of the negative prompt where that is used.
-
-    Attributes:
-        positive: Token states, pooled vector and position ids of the prompt, batch 1.
-        negative: The same of the negative prompt; None where one pass is made per step.
-        seconds: How long reading took.
-    """
-
-    positive: dict[str, Tensor]
-    negative: dict[str, Tensor] | None = None
-    seconds: float = 0.0
-
-
-@dataclass
 class Watch:
-    """Who is told how far a picture is.
+    """Progress and preview callbacks; what they raise ends the generation.
 
     Attributes:
-        progress: Told of every step; what it raises ends the generation.
-        preview: Shown the guess of the finished picture; what it raises ends the generation.
+        progress: Called after every step.
+        preview: Called with the guess of the finished picture.
         every: Steps from one preview to the next.
         done: Steps that earlier pictures of the same call took.
         total: Steps of all pictures of the call; None is this picture's.
@@ -83,68 +100,197 @@ class Watch:
     total: int | None = None
 
 
-def denoise(
-    pipe: Any,
-    request: Request,
-    prompt: str,
-    progress: Progress | None = None,
-    preview: Preview | None = None,
-    preview_every: int = 1,
-) -> tuple[Image, Timings]:
-    """Generate a picture with whatever is attached to the transformer.
+@dataclass
+class Conditions:
+    """What a generation's pictures share: arguments sorted by the pipeline, and its prompt read.
+
+    Attributes:
+        pipe: The pipeline.
+        family: Its family.
+        inputs: The three dictionaries before any unit.
+        read: By number of a unit that reads texts, what it added to each dictionary.
+        cfg: Scale of classifier-free guidance; 1 is a single pass per step.
+        steps: Denoising steps that the scheduler takes.
+        seconds: How long the prompt took to read.
+    """
+
+    pipe: Any
+    family: Family
+    inputs: _Inputs
+    read: dict[int, _Inputs] = field(default_factory=dict)
+    cfg: float = 1.0
+    steps: int = 0
+    seconds: float = 0.0
+
+    def at(self, seed: int) -> _Inputs:
+        """Run the pipeline's units for a seed; texts are read the first time only."""
+        pipe, texts = self.pipe, set(self.family.text_encoders.values())
+        current: _Inputs = tuple(dict(part) for part in self.inputs)  # type: ignore[assignment]
+        current[0]["seed"] = seed
+        for number, unit in enumerate(pipe.units):
+            uses_texts = not texts.isdisjoint(unit.onload_model_names or ())
+            reads = uses_texts and (unit.seperate_cfg or self._given(unit))
+            if reads and number in self.read:
+                for part, added in zip(current, self.read[number], strict=True):
+                    part.update(added)
+                continue
+            before = [dict(part) for part in current]
+            if reads or self._given(unit):
+                pipe.load_models_to_device(_present(pipe, self._models(unit)))
+            with _seeded(pipe, seed) if self.family.samples_latents else nullcontext():
+                current = pipe.unit_runner(unit, pipe, *current)
+            if reads:
+                self.read[number] = tuple(map(_added, before, current))  # type: ignore[assignment]
+        return current
+
+    def _given(self, unit: Any) -> bool:
+        """Whether a unit that uses models has been given something to use them for."""
+        wanted = unit.fetch_input_params()
+        return bool(unit.onload_model_names) and any(
+            self.inputs[0].get(name) is not None and name not in _OWN and "tile" not in name
+            for name in wanted
+        )
+
+    def _models(self, unit: Any) -> list[str]:
+        """Models of a unit; DiffSynth's Z-Image asks for ``vae`` where it uses ``vae_encoder``."""
+        names = list(unit.onload_model_names)
+        return [*names, "vae_encoder"] if any(n.startswith("vae") for n in names) else names
+
+
+def input_names(family: Family) -> tuple[str, ...]:
+    """Names of the inputs that a family's pipeline takes beside those of every request."""
+    module, _, name = family.pipeline.partition(":")
+    pipeline = getattr(import_module(module), name)
+    named = set(inspect.signature(pipeline.__call__).parameters) | family.unit_inputs
+    return tuple(sorted(named - _OWN - _REFUSED.keys()))
+
+
+def check_inputs(pipe: Any, inputs: Mapping[str, Any]) -> None:
+    """Make sure that a pipeline takes what is given.
+
+    Raises:
+        GenerationError: It does not, or lacks the model that an input is for.
+    """
+    family: Family = pipe.family
+    known = input_names(family)
+    for name, value in inputs.items():
+        if value is None:
+            continue
+        if name in _REFUSED:
+            raise GenerationError(f"The input {name} is not taken here; use {_REFUSED[name]}.")
+        if name not in known:
+            raise GenerationError(
+                f"{family.title} does not take {shown(name, 60)}; it takes {', '.join(known)}."
+            )
+        needed = family.needs.get(name)
+        if needed is not None and _absent(getattr(pipe, needed, None)):
+            raise GenerationError(
+                f"{name} needs a {needed}, which this base model was loaded without; name one in "
+                "the configuration, below `checkpoint:`."
+            )
+    images = family.images(pipe)
+    if images.required and any(inputs.get(n or "") is None for n in (images.image, images.mask)):
+        raise GenerationError(
+            "This base model fills the masked part of a picture; give a picture and a mask."
+        )
+    masked = images.mask is not None and inputs.get(images.mask) is not None
+    if masked and images.image is not None and inputs.get(images.image) is None:
+        raise GenerationError("A mask says which part of a picture to redraw; give a picture.")
+
+
+def _absent(model: Any) -> bool:
+    """Whether a part is not there; DiffSynth wraps ControlNets, and an empty list of them, too."""
+    models = getattr(model, "models", None)
+    return model is None or (models is not None and all(m is None for m in models))
+
+
+def prepare(pipe: Any, request: Request, prompt: str, seed: int = 0) -> Conditions:
+    """Sort a pipeline's inputs and read the prompt.
 
     Args:
-        pipe: A DiffSynth ``FluxImagePipeline``.
-        request: Seed, steps, size and guidance.
-        prompt: What the model shall read.
-        progress: Told of every step; what it raises ends the generation.
-        preview: Shown the guess of the finished picture, ``x0 = x - sigma v``; what it raises ends
-            the generation.
-        preview_every: Steps from one preview to the next.
+        pipe: What `autolora.families.load.load_pipeline` gave.
+        request: The request; its seed is not used.
+        prompt: What the model reads.
+        seed: Seed of the first picture.
 
     Returns:
-        The picture, and how long its parts took.
-    """
-    texts = read_texts(pipe, request, prompt)
-    watch = Watch(progress, preview, preview_every)
-    images, timings = draw(pipe, request, texts, [request.seed], watch)
-    return images[0], timings
+        What `denoise_latents` takes, for any number of pictures.
 
-
-def read_texts(pipe: Any, request: Request, prompt: str) -> Texts:
-    """Encode a prompt, and the negative prompt where classifier-free guidance needs it.
-
-    Args:
-        pipe: A DiffSynth ``FluxImagePipeline``.
-        request: Negative prompt and guidance.
-        prompt: What the model shall read.
-
-    Returns:
-        What `draw` takes, for any number of pictures.
+    Raises:
+        GenerationError: An input that the pipeline does not take.
     """
     start = time.perf_counter()
-    two_passes = _guidance(pipe, request)[0] != 1.0
-    prompts = [prompt, request.negative_prompt]
-    length = text_length_for(pipe, prompts)
-    with torch.no_grad(), _onloaded(pipe, ("text_encoder_1", "text_encoder_2")):
-        positive = _encode(pipe, prompt, length, True)
-        negative = _encode(pipe, request.negative_prompt, length, False) if two_passes else None
-    return Texts(positive, negative, time.perf_counter() - start)
+    family: Family = pipe.family
+    check_inputs(pipe, request.inputs)
+    embedded = family.embeds_guidance(pipe)
+    cfg = request.true_cfg if embedded else request.guidance
+    arguments = {
+        "prompt": prompt,
+        "negative_prompt": request.negative_prompt,
+        "cfg_scale": cfg,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.steps,
+        "seed": seed,
+        "rand_device": "cpu",
+    }
+    taken = inspect.signature(type(pipe).__call__).parameters
+    if "embedded_guidance" in taken:
+        arguments["embedded_guidance"] = request.guidance if embedded else 0.0
+    if "tiled" in taken:
+        arguments["tiled"] = getattr(pipe, "tiled", False)
+    if request.sigma_shift is not None:
+        if "sigma_shift" not in taken:
+            raise GenerationError(
+                f"{family.title} does not take sigma_shift; remove it from the configuration."
+            )
+        arguments["sigma_shift"] = request.sigma_shift
+    arguments |= family.inputs(pipe, [prompt, request.negative_prompt])
+    given = {name: value for name, value in request.inputs.items() if value is not None}
+    arguments |= {name: value for name, value in given.items() if name in taken}
+    inputs = _sorted_inputs(pipe, arguments)
+    _add_unit_inputs(
+        pipe, inputs, {n: v for n, v in given.items() if n not in taken}, request.steps
+    )
+    conditions = Conditions(pipe, family, inputs, cfg=cfg, steps=len(pipe.scheduler.timesteps))
+    with torch.no_grad(), _onloaded(pipe, ()):
+        conditions.at(seed)
+    conditions.seconds = time.perf_counter() - start
+    return conditions
 
 
-def draw(
-    pipe: Any, request: Request, texts: Texts, seeds: Sequence[int], watch: Watch | None = None
-) -> tuple[list[Image], Timings]:
-    """Draw one picture per seed as one batch; see `denoise_latents` and `decode_latents`."""
-    latents, seconds = denoise_latents(pipe, request, texts, seeds, watch)
-    start = time.perf_counter()
-    images = decode_latents(pipe, latents)
-    return images, Timings(texts.seconds, seconds, time.perf_counter() - start)
+class _Sorted(Exception):
+    def __init__(self, inputs: _Inputs) -> None:
+        self.inputs = inputs
+
+
+def _sorted_inputs(pipe: Any, arguments: Mapping[str, Any]) -> _Inputs:
+    """Let the pipeline's own call set the scheduler and sort its arguments, and stop it there."""
+
+    def stop(unit: Any, pipe: Any, *inputs: dict[str, Any]) -> None:
+        raise _Sorted(inputs)  # type: ignore[arg-type]
+
+    runner = pipe.unit_runner
+    pipe.unit_runner = stop
+    try:
+        pipe(**arguments, progress_bar_cmd=iter)
+    except _Sorted as found:
+        return found.inputs
+    finally:
+        pipe.unit_runner = runner
+    raise AssertionError("a DiffSynth pipeline without units")
+
+
+def _add_unit_inputs(pipe: Any, inputs: _Inputs, given: Mapping[str, Any], steps: int) -> None:
+    """Give units what the pipeline's call has no argument for."""
+    inputs[0].update(given)
+    if "denoising_strength" in given:
+        pipe.scheduler.set_timesteps(steps, denoising_strength=given["denoising_strength"])
 
 
 @torch.no_grad()
 def denoise_latents(
-    pipe: Any, request: Request, texts: Texts, seeds: Sequence[int], watch: Watch | None = None
+    conditions: Conditions, seeds: Sequence[int], watch: Watch | None = None
 ) -> tuple[Tensor, float]:
     """Take all steps of one picture per seed, as one batch.
 
@@ -153,46 +299,39 @@ def denoise_latents(
     the byte are drawn one at a time.
 
     Args:
-        pipe: A DiffSynth ``FluxImagePipeline``.
-        request: Steps, size and guidance; its seed is not used.
-        texts: What `read_texts` gave for this pipeline, or another with the same text encoders.
+        conditions: What `prepare` gave.
         seeds: Seeds of the noises.
-        watch: Who is told; previews show the first picture.
+        watch: Callbacks; previews show the first picture.
 
     Returns:
         Latents ``[B, C, h, w]`` in the order of the seeds, and seconds.
     """
     start = time.perf_counter()
-    scheduler = pipe.scheduler
-    scheduler.set_timesteps(request.steps, shift=request.sigma_shift)
-    teller = _Teller(pipe, watch or Watch(), len(scheduler.timesteps))
-    cfg, guidance = _guidance(pipe, request)
-    latents = _noises(pipe, request, seeds)
-    shared = {
-        "guidance": torch.full((1,), guidance, device=pipe.device, dtype=pipe.torch_dtype),
-        "image_ids": pipe.dit.prepare_image_ids(latents[:1]),
-    }
-    positive = _for_batch(texts.positive, len(seeds))
-    negative = _for_batch(texts.negative or {}, len(seeds))
-    with _onloaded(pipe, teller.needs):
+    pipe, family, scheduler = conditions.pipe, conditions.family, conditions.pipe.scheduler
+    watcher = _Watcher(pipe, family, watch or Watch(), conditions.steps)
+    with _onloaded(pipe, ()):
+        shared, positive, negative = _batched(family, [conditions.at(seed) for seed in seeds])
+    with _onloaded(pipe, _present(pipe, watcher.needs)):
         models = {name: getattr(pipe, name) for name in pipe.in_iteration_models}
-        teller.tell(0)
+        watcher.tell(0)
         for step, timestep in enumerate(scheduler.timesteps):
-            velocity = pipe.cfg_guided_model_fn(
+            prediction = pipe.cfg_guided_model_fn(
                 pipe.model_fn,
-                cfg,
-                {**shared, "latents": latents},
+                conditions.cfg,
+                shared,
                 positive,
                 negative,
                 **models,
                 timestep=timestep.unsqueeze(0).to(dtype=pipe.torch_dtype, device=pipe.device),
                 progress_id=step,
             )
-            if teller.wants_preview(step + 1):
-                # The factor comes second: before a bfloat16 tensor PyTorch would round it.
-                teller.show(step + 1, latents[:1] - velocity[:1] * scheduler.sigmas[step])
-            latents = pipe.step(scheduler, latents, progress_id=step, noise_pred=velocity)
-            teller.tell(step + 1)
+            if watcher.wants_preview(step + 1):
+                watcher.show(step + 1, timestep, prediction, shared)
+            shared["latents"] = pipe.step(
+                scheduler, progress_id=step, noise_pred=prediction, **shared
+            )
+            watcher.tell(step + 1)
+    latents = family.unpack(shared["latents"], shared)
     if latents.is_cuda:
         torch.cuda.synchronize(latents.device)  # steps are only queued until here
     return latents, time.perf_counter() - start
@@ -201,7 +340,8 @@ def denoise_latents(
 @torch.no_grad()
 def decode_latents(pipe: Any, latents: Tensor) -> list[Image]:
     """Decode latents ``[B, C, h, w]``, one picture at a time; the decoder is fetched once."""
-    with _onloaded(pipe, ("vae_decoder",)):
+    family: Family = pipe.family
+    with _onloaded(pipe, (family.decoder,)):
         images = [decode(pipe, latents[i : i + 1]) for i in range(len(latents))]
     pipe.load_models_to_device([])
     return images
@@ -209,68 +349,103 @@ def decode_latents(pipe: Any, latents: Tensor) -> list[Image]:
 
 def decode(pipe: Any, latents: Tensor) -> Image:
     """Decode the latents ``[1, C, h, w]`` of one picture."""
-    decoded = pipe.vae_decoder(latents, device=pipe.device, tiled=getattr(pipe, "tiled", False))
-    image: Image = pipe.vae_output_to_image(decoded)
+    image: Image = pipe.family.decode(pipe, latents)
     return image
 
 
-def _guidance(pipe: Any, request: Request) -> tuple[float, float]:
-    """Scales of classifier-free guidance (two passes) and of guidance as an input (distilled)."""
-    if pipe.dit.guidance_embedder is None:
-        return request.guidance, 0.0
-    return request.true_cfg, request.guidance
+def denoise(
+    pipe: Any,
+    request: Request,
+    prompt: str,
+    progress: Progress | None = None,
+    preview: Preview | None = None,
+    preview_every: int = 1,
+) -> tuple[Image, Timings]:
+    """Generate the picture of a request with whatever is attached to the denoiser.
+
+    Args:
+        pipe: What `autolora.families.load.load_pipeline` gave.
+        request: Seed, steps, size, guidance and further inputs.
+        prompt: What the model reads.
+        progress: Called after every step; what it raises ends the generation.
+        preview: Called with the guess of the finished picture; likewise.
+        preview_every: Steps from one preview to the next.
+
+    Returns:
+        The picture, and how long its parts took.
+    """
+    conditions = prepare(pipe, request, prompt, request.seed)
+    watch = Watch(progress, preview, preview_every)
+    latents, seconds = denoise_latents(conditions, [request.seed], watch)
+    start = time.perf_counter()
+    images = decode_latents(pipe, latents)
+    return images[0], Timings(conditions.seconds, seconds, time.perf_counter() - start)
 
 
-def _encode(pipe: Any, prompt: str, length: int, positive: bool) -> dict[str, Tensor]:
-    from diffsynth.pipelines.flux_image import FluxImageUnit_PromptEmbedder
-
-    encoded: dict[str, Tensor] = FluxImageUnit_PromptEmbedder().process(
-        pipe, prompt=prompt, t5_sequence_length=length, positive=positive
-    )
-    return encoded
+def can_batch(family: Family, inputs: Mapping[str, Any]) -> bool:
+    """Whether pictures can be drawn together: further inputs have rows for one picture only."""
+    pictures = {"input_image", "denoising_strength"}
+    given = {name for name, value in inputs.items() if value is not None}
+    return bool(family.per_image) and given <= pictures
 
 
-def _noises(pipe: Any, request: Request, seeds: Sequence[int]) -> Tensor:
-    """One noise per seed ``[B, C, h, w]``, made on the CPU: the same on every device."""
-    shape = (1, LATENT_CHANNELS, *(s // PIXELS_PER_LATENT for s in (request.height, request.width)))
-    return torch.cat([pipe.generate_noise(shape, seed=seed, rand_device="cpu") for seed in seeds])
+def _batched(family: Family, pictures: Sequence[_Inputs]) -> _Inputs:
+    """Inputs of several pictures as one batch: a noise each, and the same text for all."""
+    first, count = pictures[0], len(pictures)
+    if count == 1:
+        return first
+    for part in first:
+        for name in family.per_image:
+            if isinstance(part.get(name), Tensor):
+                part[name] = part[name].expand(count, *part[name].shape[1:])
+    first[0]["latents"] = torch.cat([shared["latents"] for shared, _, _ in pictures])
+    return first
 
 
-def _for_batch(texts: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Give every picture the same text; position ids are shared by the batch as they are."""
-    return {
-        name: value if name == "text_ids" else value.expand(count, *value.shape[1:])
-        for name, value in texts.items()
-    }
+def _added(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    missing = object()
+    return {name: v for name, v in after.items() if before.get(name, missing) is not v}
 
 
-class _onloaded:
+def _present(pipe: Any, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(pipe, name, None) is not None]
+
+
+@contextmanager
+def _seeded(pipe: Any, seed: int) -> Iterator[None]:
+    """Make what units draw at random depend on the seed."""
+    cards = [pipe.device] if torch.device(pipe.device).type == "cuda" else []
+    with torch.random.fork_rng(cards):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _onloaded(pipe: Any, names: Sequence[str]) -> Iterator[None]:
     """Parts of a managed pipeline on the device, and back where they wait after an error."""
-
-    def __init__(self, pipe: Any, names: Sequence[str]) -> None:
-        self._pipe, self._names = pipe, names
-
-    def __enter__(self) -> None:
-        self._pipe.load_models_to_device(list(self._names))
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is not None:
-            self._pipe.load_models_to_device([])
+    if names:
+        pipe.load_models_to_device(list(names))
+    try:
+        yield
+    except BaseException:
+        pipe.load_models_to_device([])
+        raise
 
 
 @dataclass
-class _Teller:
+class _Watcher:
     """Calls back, with previews small enough to cost little beside a step."""
 
     pipe: Any
+    family: Family
     watch: Watch
     steps: int
     needs: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        # The decoder stays beside the transformer while there are previews: it is small, and
-        # fetching it would send the transformer away.
-        extra = () if self.watch.preview is None else ("vae_decoder",)
+        # The decoder stays beside the denoiser while there are previews: it is small, and
+        # fetching it would send the denoiser away.
+        extra = () if self.watch.preview is None else (self.family.decoder,)
         self.needs = (*self.pipe.in_iteration_models, *extra)
 
     def tell(self, done: int) -> None:
@@ -280,8 +455,15 @@ class _Teller:
     def wants_preview(self, done: int) -> bool:
         return self.watch.preview is not None and done % max(self.watch.every, 1) == 0
 
-    def show(self, done: int, guess: Tensor) -> None:
+    def show(
+        self, done: int, timestep: Tensor, prediction: Tensor, shared: Mapping[str, Any]
+    ) -> None:
         assert self.watch.preview is not None
+        # The scheduler knows what the model predicts: a step to the end gives x0.
+        clean = self.pipe.scheduler.step(
+            prediction[:1], timestep, shared["latents"][:1], to_final=True
+        )
+        guess = self.family.unpack(clean, shared)
         factor = PREVIEW_SIDE / max(guess.shape[-2:])
         if factor < 1:
             guess = torch.nn.functional.interpolate(
@@ -331,46 +513,53 @@ def make_pictures(
         One output per seed, in their order; none where `drawn` was given them, so that any number
         of pictures takes the memory of a batch.
     """
-    groups = list(chunks(seeds, batch))
+    family: Family = base.family
+    groups = list(chunks(seeds, batch if can_batch(family, plan.request.inputs) else 1))
     # A batch takes a step for all of its pictures at once.
     total = len(groups) * plan.request.steps
     waiting: list[_Group] = []
     outputs: list[Output] = []
     with acting as attachment:
         plan.clock.mark("attach")
-        wait_for_adapters = ready_beside(base.dit, base.torch_dtype, torch.device(base.device))
-        texts = read_texts(base, plan.request, plan.report.used_prompt)
+        wait_for_adapters = ready_beside(
+            family.model(base), base.torch_dtype, torch.device(base.device)
+        )
+        conditions = prepare(base, plan.request, plan.report.used_prompt, seeds[0])
         wait_for_adapters()
         layers = {entry.name: len(entry.layers) for entry in attachment.adapters}
         for number, group in enumerate(groups):
             here = dataclasses.replace(watch, done=number * plan.request.steps, total=total)
             with _recording(base, plan) as records:
-                latents, seconds = denoise_latents(base, plan.request, texts, group, here)
+                latents, seconds = denoise_latents(conditions, group, here)
             waiting.append(_Group(group, latents, seconds, records))
             # Where nobody waits for single pictures, all are decoded after the last step: a
             # decoder that is fetched sends an offloaded transformer away.
             if drawn is not None or number == len(groups) - 1:
-                for output in _decoded(base, plan, waiting, texts, layers):
+                for output in _decoded(base, plan, waiting, conditions, layers):
                     (drawn or outputs.append)(output)
                 waiting.clear()
     return outputs
 
 
 def _decoded(
-    base: Any, plan: Plan, groups: Sequence[_Group], texts: Texts, layers: Mapping[str, int]
+    base: Any,
+    plan: Plan,
+    groups: Sequence[_Group],
+    conditions: Conditions,
+    layers: Mapping[str, int],
 ) -> Iterator[Output]:
     for group in groups:
         start = time.perf_counter()
         images = decode_latents(base, group.latents)
-        timings = Timings(texts.seconds, group.seconds, time.perf_counter() - start)
-        texts.seconds = 0.0  # the pictures after the first read nothing
+        timings = Timings(conditions.seconds, group.seconds, time.perf_counter() - start)
+        conditions.seconds = 0.0  # the pictures after the first read nothing
         yield from _outputs(base, plan, group, images, timings, layers)
 
 
 def _recording(base: Any, plan: Plan) -> AbstractContextManager[Any]:
     from autolora.fusion import record_gates
 
-    return record_gates(base.dit) if plan.gated else nullcontext()
+    return record_gates(base.family.model(base)) if plan.gated else nullcontext()
 
 
 def _outputs(
@@ -389,7 +578,7 @@ def _outputs(
     for seed, image in zip(group.seeds, images, strict=True):
         report = copy.deepcopy(plan.report)
         report.seed = seed
-        if base.dit.guidance_embedder is not None:
+        if base.family.embeds_guidance(base):
             report.true_cfg = plan.request.true_cfg
         for used in report.adapters:
             used.layers, used.gate = layers[used.name], gates.get(used.name)

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import PipelineConfig
-from autolora.families.flux1.tables import linear_layers
+from autolora.errors import ConfigError
+from autolora.families.headers import model_sizes
+from autolora.families.registry import find_family
+from autolora.runtime.checkpoints import locate, locate_part
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,10 +130,10 @@ class PoolSearch:
         pipe = self._base()
         if self._portraits is None:
             self._portraits = Portraits(pipe, self.config.portrait)
-            with attached(pipe.dit, []):
+            with attached(pipe.family.model(pipe), []):
                 # The bare model's passes, whatever is attached at the moment.
                 self._portraits.base()
-        return self._portraits.take(attached(pipe.dit, [(lora, 1.0)], "sum"))
+        return self._portraits.take(attached(pipe.family.model(pipe), [(lora, 1.0)], "sum"))
 
     def _encode(self, lora: LoRA) -> Tensor | None:
         """Return the adapter's vector; an adapter for another model is an error."""
@@ -145,25 +148,29 @@ class PoolSearch:
 
     def _base_shapes(self) -> dict[str, tuple[int, int]]:
         """Linear layers of the base model; those of a checkpoint stand in its header."""
-        if self.config.kind == "tiny":
-            return linear_layers(self._base().dit)
-        from autolora.families.flux1.part_files import flux_sizes
-        from autolora.families.flux1.sizes import FLUX1_DEV
-        from autolora.runtime.checkpoints import locate_part
+        family = find_family(self.config.kind)
+        if family.packaged is None:
+            located = locate(self.config, family.parts)
+            sizes = family.sizes(located) if family.sizes else model_sizes(family, located)
+            if sizes is not None:
+                return dict(sizes.denoiser.linear_shapes())
+        from autolora.fusion import linear_shapes
 
-        located = locate_part(self.config, "transformer")
-        # A pool can be indexed before the checkpoint is there: FLUX.1 has one size.
-        sizes = flux_sizes(located) if located.complete else FLUX1_DEV.flux
-        return sizes.linear_shapes()
+        pipe = self._base()
+        return linear_shapes(family.model(pipe))
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:
         from autolora.families.load import quiet
 
-        if self.config.text == "clip" or (
-            self.config.text == "auto" and self.config.kind != "tiny"
-        ):
-            return self._clip()
+        read = find_family(self.config.kind).read_text
+        if self.config.text == "clip" and read is None:
+            raise ConfigError(
+                f"Base models of kind {self.config.kind} have no CLIP to search by; set text to "
+                "auto or minilm."
+            )
+        if read is not None and self.config.text != "minilm":
+            return self._clip(read)
         from autolora.minilm import shared_minilm
         from autolora.retrieval import MiniLMText
 
@@ -172,16 +179,14 @@ class PoolSearch:
             shared_minilm()
         return MiniLMText()
 
-    def _clip(self) -> TextEncoder:
+    def _clip(self, read: Callable[[Any], tuple[Any, Any]]) -> TextEncoder:
         """CLIP of the checkpoint, loaded alone when it is first needed."""
         from autolora.families.load import quiet
         from autolora.retrieval.text import ClipText
 
         def load() -> tuple[Any, Any]:
             with quiet():
-                from autolora.families.flux1.checkpoint import load_clip
-
-                return load_clip(self.config)
+                return read(self.config)
 
         return ClipText(load)
 
@@ -217,14 +222,11 @@ def shipped_encoder(config: PipelineConfig) -> Path | None:
 
 def _stamp(config: PipelineConfig) -> str:
     """Tell base models apart without hashing checkpoints of many gigabytes."""
-    if config.kind == "tiny":
-        from autolora.families.tiny.weights import SHIPPED
-
-        paths: tuple[Path, ...] = (config.weights or SHIPPED,)
+    family = find_family(config.kind)
+    if family.packaged is not None:
+        paths: tuple[Path, ...] = (config.weights or family.packaged,)
     else:
-        from autolora.runtime.checkpoints import locate_part
-
-        paths = locate_part(config, "transformer").paths
+        paths = locate_part(config, "transformer", family.parts).paths
     words = [config.kind, config.storage]
     for path in paths:
         try:

@@ -18,32 +18,27 @@ from pathlib import Path
 from autolora.config import PARTS, CheckpointSettings, HubReference, PipelineConfig, hub_reference
 from autolora.errors import ConfigError, shown
 
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "processor")
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """Sets of files of which each is a whole tokenizer."""
-_FOLDERS = ("", "text_encoders/", "clip/")
-_LAYOUT: Mapping[str, tuple[str, ...]] = {
-    "transformer": (
-        "flux1*.safetensors",
-        "transformer/*",
-        "diffusion_models/flux1*.safetensors",
-        "unet/flux1*.safetensors",
-        "*.safetensors",
-    ),
-    "text_encoder": ("text_encoder/*", *(f"{f}clip_l*.safetensors" for f in _FOLDERS)),
-    "text_encoder_2": (
-        "text_encoder_2/*",
-        *(f"{f}t5xxl_fp16.safetensors" for f in _FOLDERS),
-        *(f"{f}t5xxl*.safetensors" for f in _FOLDERS),
-    ),
-    "vae": ("ae.safetensors", "vae/ae.safetensors", "vae/*"),
-    "tokenizer": ("tokenizer/*",),
-    "tokenizer_2": ("tokenizer_2/*",),
-}
-"""Where the parts are in a published repository (the first of each row), and in the folders that
-people make of single files, ComfyUI's ``models`` among them; the first that is there wins."""
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+
+
+@dataclass(frozen=True)
+class PartLayout:
+    """Where a part of a model is kept.
+
+    Attributes:
+        patterns: Paths below a repository or a user's folder, the published one first; the first
+            that is there wins. ``folder/*`` is all of a folder.
+        folder: Whether the part is a folder that a library reads (a tokenizer), not weights.
+        optional: Whether the model loads without it.
+    """
+
+    patterns: tuple[str, ...]
+    folder: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,11 +67,12 @@ class Located:
         return bool(self.paths) and not self.missing
 
 
-def locate(config: PipelineConfig) -> dict[str, Located]:
+def locate(config: PipelineConfig, parts: Mapping[str, PartLayout]) -> dict[str, Located]:
     """Find the files of all parts.
 
     Args:
-        config: A configuration of kind ``flux1``.
+        config: A configuration.
+        parts: Where the family's parts are kept.
 
     Returns:
         One entry per part, also for those that are missing.
@@ -84,10 +80,10 @@ def locate(config: PipelineConfig) -> dict[str, Located]:
     Raises:
         ConfigError: An index of shards cannot be read.
     """
-    return {part: locate_part(config, part) for part in PARTS}
+    return {part: locate_part(config, part, parts) for part in parts}
 
 
-def locate_part(config: PipelineConfig, part: str) -> Located:
+def locate_part(config: PipelineConfig, part: str, parts: Mapping[str, PartLayout]) -> Located:
     """Find the files of one part; see `locate`.
 
     A path of the user's own for the part wins, then what is in a folder given as
@@ -98,11 +94,11 @@ def locate_part(config: PipelineConfig, part: str) -> Located:
         checkpoint, weights = replace(checkpoint, transformer=str(weights)), None
     named = getattr(checkpoint, part)
     if weights is None or (named is not None and hub_reference(named) is None):
-        return _locate_part(checkpoint, part)
-    inside = _look_in_layout(part, weights, None)
+        return _locate_part(checkpoint, part, parts)
+    inside = _look_in_layout(part, weights, None, parts)
     if inside.paths or inside.candidates:
         return inside
-    elsewhere = _locate_part(checkpoint, part)
+    elsewhere = _locate_part(checkpoint, part, parts)
     return inside if elsewhere.place is None else elsewhere
 
 
@@ -215,7 +211,9 @@ def _is_whole(weights: Path) -> bool:
     return parts or not _weight_files(weights)[0]
 
 
-def _locate_part(checkpoint: CheckpointSettings, part: str) -> Located:
+def _locate_part(
+    checkpoint: CheckpointSettings, part: str, parts: Mapping[str, PartLayout]
+) -> Located:
     text = getattr(checkpoint, part)
     if text is not None:
         reference = hub_reference(text)
@@ -223,13 +221,13 @@ def _locate_part(checkpoint: CheckpointSettings, part: str) -> Located:
             return _look(part, Path(text), None)
         if reference.pattern is not None:
             return _look_in_hub(checkpoint, part, reference)
-        return _look_in_layout(part, hub_folder(checkpoint) / reference.id, reference)
+        return _look_in_layout(part, hub_folder(checkpoint) / reference.id, reference, parts)
     if checkpoint.base is None:
         return Located(part, None, missing=(part,))
     reference = hub_reference(checkpoint.base)
     if reference is None:
-        return _look_in_layout(part, Path(checkpoint.base), None)
-    return _look_in_layout(part, hub_folder(checkpoint) / reference.id, reference)
+        return _look_in_layout(part, Path(checkpoint.base), None, parts)
+    return _look_in_layout(part, hub_folder(checkpoint) / reference.id, reference, parts)
 
 
 def _look_in_hub(checkpoint: CheckpointSettings, part: str, reference: HubReference) -> Located:
@@ -245,13 +243,15 @@ def _look_in_hub(checkpoint: CheckpointSettings, part: str, reference: HubRefere
     return Located(part, root, tuple(found), _missing_shards(found), reference)
 
 
-def _look_in_layout(part: str, root: Path, repository: HubReference | None) -> Located:
+def _look_in_layout(
+    part: str, root: Path, repository: HubReference | None, parts: Mapping[str, PartLayout]
+) -> Located:
     """Look for a part where published repositories, or folders of single files, have it."""
-    patterns = _LAYOUT[part]
+    patterns = parts[part].patterns
     several: list[Path] = []
     for pattern in patterns:
         hub = None if repository is None else HubReference(repository.id, pattern)
-        found = _matching(root, pattern)
+        found = _matching(root, pattern, parts)
         if len(found) == 1 and found[0].exists():
             located = _look(part, found[0], hub)
             if located.paths or located.missing:
@@ -263,13 +263,18 @@ def _look_in_layout(part: str, root: Path, repository: HubReference | None) -> L
     return Located(part, place, missing=(patterns[0],), hub=hub, candidates=tuple(several))
 
 
-def _matching(root: Path, pattern: str) -> list[Path]:
+def _matching(root: Path, pattern: str, parts: Mapping[str, PartLayout]) -> list[Path]:
     """Files that match, or the folder of a pattern that takes all of one."""
     if pattern.endswith("/*"):
         return [root / pattern[:-2]]
     found = sorted(root.glob(pattern))
     if pattern == "*.safetensors":  # whatever the transformer is called, the others have names
-        known = [name for part, names in _LAYOUT.items() if part != "transformer" for name in names]
+        known = [
+            name
+            for part, entry in parts.items()
+            if part != "transformer"
+            for name in entry.patterns
+        ]
         found = [file for file in found if not any(fnmatch(file.name, name) for name in known)]
     return found
 

@@ -9,12 +9,12 @@ and peak with idle parts offloaded, in the data set ``derekl35/diffusers-quantiz
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from autolora.config import PACKED_STORAGES, MemorySettings, PipelineConfig
 from autolora.errors import ConfigError, shown
-from autolora.families.flux1.sizes import ModelSizes
 from autolora.runtime.hardware import Hardware
 
 GIB = 1 << 30
@@ -43,6 +43,44 @@ RESERVE = 0.6 * GIB
 """The CUDA context, libraries' workspaces, and what is lost to fragmentation."""
 FRAME = 2 * GIB
 """The program itself in the machine's memory."""
+
+
+class DenoiserSizes(Protocol):
+    """What the estimate asks of a denoiser."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights."""
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+
+    @property
+    def text_dim(self) -> int:
+        """Channels of the text's token states."""
+
+    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """``(out, in)`` of every linear layer by name."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of all parts of a base model.
+
+    Attributes:
+        denoiser: The transformer or UNet.
+        text_encoder: Weights of the first text encoder.
+        text_encoder_2: Weights of the second; 0 where there is none.
+        vae: Weights of the autoencoder.
+        vae_channels: Channels of the decoder's last stage, which has the picture's full size.
+    """
+
+    denoiser: DenoiserSizes
+    text_encoder: int
+    text_encoder_2: int
+    vae: int
+    vae_channels: int
 
 
 @dataclass(frozen=True)
@@ -91,16 +129,16 @@ def estimate(
     """
     if storage in ("bfloat16", "float32"):  # which are computed in as they are
         compute_bytes = int(STORED_BYTES[storage])
-    flux = part_bytes(sizes.flux.parameters, storage, compute_bytes)
+    flux = part_bytes(sizes.denoiser.parameters, storage, compute_bytes)
     text_storage = "float8" if memory.text_storage == "float8" else ""
     texts = part_bytes(sizes.text_encoder + sizes.text_encoder_2, text_storage, compute_bytes)
     vae = float(sizes.vae * compute_bytes)
     step = _step_bytes(sizes, width, height, compute_bytes)
     decode = _decode_bytes(sizes, memory, width, height, compute_bytes)
-    reading = TEXT_TOKENS * sizes.flux.text_dim * 8 * compute_bytes
+    reading = TEXT_TOKENS * sizes.denoiser.text_dim * 8 * compute_bytes
     everything = flux + texts + vae
     if memory.offload == "layers":
-        widest = max(out * inner for out, inner in sizes.flux.linear_shapes().values())
+        widest = max(out * inner for out, inner in sizes.denoiser.linear_shapes().values())
         device = max(step + widest * compute_bytes, decode + vae)
         machine = everything
     elif memory.offload == "parts":
@@ -252,10 +290,10 @@ def _words(need: Need, card: bool) -> str:
 def _step_bytes(sizes: ModelSizes, width: int, height: int, compute_bytes: int) -> float:
     """Activations of one forward pass, one layer's weights cast, and the adapters."""
     tokens = TEXT_TOKENS + (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
-    layers = sizes.flux.linear_shapes().values()
+    layers = sizes.denoiser.linear_shapes().values()
     cast = max(out * inner for out, inner in layers)
     adapters = ADAPTERS * ADAPTER_RANK * sum(out + inner for out, inner in layers)
-    numbers = tokens * TOKEN_ACTIVATIONS * sizes.flux.width + cast + adapters
+    numbers = tokens * TOKEN_ACTIVATIONS * sizes.denoiser.width + cast + adapters
     return float(numbers * compute_bytes)
 
 

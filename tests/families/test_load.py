@@ -9,7 +9,8 @@ import torch
 
 from autolora.config import PipelineConfig
 from autolora.errors import ConfigError
-from autolora.families.load import load_pipeline, quiet, text_length_for
+from autolora.families.load import load_pipeline, quiet
+from autolora.families.tiny.pipeline import text_length
 from autolora.runtime import hardware
 from autolora.runtime.hardware import resolve_compute, resolve_device
 
@@ -29,7 +30,7 @@ def draw(pipe, prompt="a red cat", **options):
         width=64,
         seed=3,
         num_inference_steps=3,
-        t5_sequence_length=text_length_for(pipe, [prompt]),
+        t5_sequence_length=text_length(pipe, [prompt]),
         progress_bar_cmd=lambda steps: steps,
         **options,
     )
@@ -77,8 +78,8 @@ def test_quiet_shows_what_was_printed_when_something_fails(capsys) -> None:
 
 def test_long_prompts_are_not_cut(config) -> None:
     pipe = load_pipeline(config)
-    assert text_length_for(pipe, ["a cat", ""]) == 16
-    assert text_length_for(pipe, ["a cat", "a " * 100]) == 102  # with the first and last token
+    assert text_length(pipe, ["a cat", ""]) == 16
+    assert text_length(pipe, ["a cat", "a " * 100]) == 102  # with the first and last token
 
 
 def test_compute_type_follows_storage_and_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from autolora.config import PipelineConfig
-from autolora.families.load import load_pipeline, text_length_for
-from autolora.generate.sample import Watch, decode, denoise, draw, read_texts
+from autolora.families.load import load_pipeline
+from autolora.generate.sample import Watch, decode_latents, denoise, denoise_latents, prepare
 from autolora.request import make_request
 
 PROMPT = "a red rocket"
@@ -46,7 +46,7 @@ def test_pictures_are_those_of_diffsynths_loop(pipe, request_) -> None:
             seed=5,
             num_inference_steps=3,
             sigma_shift=2.0,
-            t5_sequence_length=text_length_for(pipe, [PROMPT, "blue"]),
+            **pipe.family.inputs(pipe, [PROMPT, "blue"]),
             progress_bar_cmd=lambda steps: steps,
         )
         image, timings = denoise(pipe, wanted, PROMPT)
@@ -68,7 +68,7 @@ def test_previews_are_the_guess_of_the_clean_picture(pipe, request_) -> None:
     assert done == [(0, 3), (1, 3), (2, 3), (3, 3)]
     assert list(seen) == [1, 2, 3]
     # By hand: x0 = x - sigma v, at the first step from the noise itself.
-    texts = read_texts(pipe, request_, PROMPT)
+    _, positive, negative = prepare(pipe, request_, PROMPT).at(5)
     noise = torch.randn((1, 16, 8, 8), generator=torch.Generator().manual_seed(5))
     noise = noise.to(pipe.torch_dtype)
     pipe.scheduler.set_timesteps(3)
@@ -76,11 +76,10 @@ def test_previews_are_the_guess_of_the_clean_picture(pipe, request_) -> None:
     with torch.no_grad():
         velocities = [
             pipe.model_fn(pipe.dit, latents=noise, timestep=(sigma * 1000)[None], **text)
-            for text in (texts.positive, texts.negative)
+            for text in (positive, negative)
         ]
     velocity = velocities[1] + 2.0 * (velocities[0] - velocities[1])
-    with torch.no_grad():
-        guess = pixels(decode(pipe, noise - velocity * sigma))
+    guess = pixels(decode_latents(pipe, noise - velocity * sigma)[0])
     assert np.abs(seen[1] - guess).max() <= 1
     # The last step ends where the guess already is.
     assert np.array_equal(seen[3], pixels(image))
@@ -99,10 +98,14 @@ def test_large_previews_are_shrunk(pipe, request_, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_batch_is_the_single_pictures_but_for_rounding(pipe, request_) -> None:
-    texts = read_texts(pipe, request_, PROMPT)
+    conditions = prepare(pipe, request_, PROMPT)
+
+    def draw(seeds: list[int]) -> list[np.ndarray]:
+        return [pixels(i) for i in decode_latents(pipe, denoise_latents(conditions, seeds)[0])]
+
     seeds = [5, 6, 7]
-    apart = [pixels(draw(pipe, request_, texts, [seed])[0][0]) for seed in seeds]
-    together = [pixels(image) for image in draw(pipe, request_, texts, seeds)[0]]
+    apart = [draw([seed])[0] for seed in seeds]
+    together = draw(seeds)
     for one, other in zip(apart, together, strict=True):
         assert np.abs(one - other).max() <= 2
     assert np.abs(apart[0] - apart[1]).mean() > 3, "other seeds must be other pictures"
@@ -132,8 +135,10 @@ def test_previews_keep_the_decoder_beside_the_transformer(
 ) -> None:
     loaded = []
     monkeypatch.setattr(pipe, "load_models_to_device", lambda names: loaded.append(set(names)))
-    texts = read_texts(pipe, request_, PROMPT)
-    draw(pipe, request_, texts, [1], Watch(preview=lambda *_: None))
-    assert {"dit", "vae_decoder"} <= loaded[1]
+    conditions = prepare(pipe, request_, PROMPT)
+    latents, _ = denoise_latents(conditions, [1], Watch(preview=lambda *_: None))
+    decode_latents(pipe, latents)
     fetched = [names for names in loaded if "dit" in names]
-    assert len(fetched) == 1 and loaded[-1] == set(), "fetched once, and nothing stays behind"
+    assert len(fetched) == 1 and "vae_decoder" in fetched[0] and loaded[-1] == set(), (
+        "fetched once, and nothing stays behind"
+    )

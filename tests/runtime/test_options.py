@@ -111,7 +111,7 @@ def test_the_largest_part_decides_where_parts_take_turns() -> None:
 def test_a_reserve_is_kept_beside_what_is_counted() -> None:
     """The driver's context and fragmentation, beside weights and the 1.2 GiB of a step."""
     need = estimate(FLUX1_DEV, "float8", MemorySettings("parts"), 1024, 1024)
-    assert (need.device - FLUX1_DEV.flux.parameters) / GIB > 1.2 + 0.5
+    assert (need.device - FLUX1_DEV.denoiser.parameters) / GIB > 1.2 + 0.5
 
 
 def test_packed_weights_are_not_moved_layer_by_layer() -> None:
@@ -122,10 +122,11 @@ def test_packed_weights_are_not_moved_layer_by_layer() -> None:
 
 
 def test_previews_are_no_larger_than_is_reckoned_with() -> None:
-    from autolora.generate.sample import PIXELS_PER_LATENT, PREVIEW_SIDE
+    from autolora.families.flux1 import FAMILY
+    from autolora.generate.sample import PREVIEW_SIDE
     from autolora.runtime.memory import PREVIEW_PIXELS
 
-    assert PREVIEW_SIDE * PIXELS_PER_LATENT == PREVIEW_PIXELS
+    assert PREVIEW_SIDE * FAMILY.factor == PREVIEW_PIXELS
 
 
 def test_what_is_kept_in_bfloat16_is_computed_in_it_on_a_cpu_too() -> None:

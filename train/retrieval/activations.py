@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autolora.config import load_config
 from autolora.errors import ConfigError
-from autolora.families.load import load_pipeline, text_length_for
+from autolora.families.load import load_pipeline
 
 _NOISE_SEED = 0
 
@@ -83,7 +83,7 @@ def _encode(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
     from diffsynth.pipelines.flux_image import FluxImageUnit_PromptEmbedder
 
     unit = FluxImageUnit_PromptEmbedder()
-    length = text_length_for(pipe, texts)
+    length = pipe.family.inputs(pipe, texts)["t5_sequence_length"]
     rows = [
         unit.process(pipe, prompt=text, t5_sequence_length=length, positive=True) for text in texts
     ]

@@ -25,8 +25,9 @@ _TELLING: Mapping[Layout, str] = {
     "diffusers": "transformer_blocks.0.attn.add_q_proj.weight",
 }
 _INPUT: Mapping[Layout, str] = {"bfl": "img_in.weight", "diffusers": "x_embedder.weight"}
-_LATENT_INPUT = 64
-"""Channels of a patch: 16 latent channels of 2 x 2; more means that the model takes a picture."""
+LATENT_CHANNELS, FILL_CHANNELS = 64, 384
+"""Channels of a patch: 16 latent channels of 2 x 2; a Fill model takes the masked picture's, too,
+and 8 x 8 of the mask for each of its 2 x 2 latents."""
 
 
 def _named(*names: str) -> Callable[[Collection[str]], bool]:
@@ -107,11 +108,19 @@ def check_transformer(tensors: Mapping[str, TensorInfo], path: Path) -> Layout:
         )
     check_plain(tensors, path)
     taken = tensors.get(_INPUT[layout])
-    if taken is not None and len(taken.shape) == 2 and taken.shape[1] != _LATENT_INPUT:
+    if (
+        taken is not None
+        and len(taken.shape) == 2
+        and taken.shape[1]
+        not in (
+            LATENT_CHANNELS,
+            FILL_CHANNELS,
+        )
+    ):
         raise ConfigError(
-            f"{shown(path)} takes {taken.shape[1]} channels per patch, not {_LATENT_INPUT}: it is "
-            "a FLUX.1 Fill or Control checkpoint, which needs a picture; give FLUX.1 dev, schnell "
-            "or a model made from them."
+            f"{shown(path)} takes {taken.shape[1]} channels per patch, not {LATENT_CHANNELS}: it "
+            "is a FLUX.1 Control checkpoint; give FLUX.1 dev, schnell, Kontext, Fill or a model "
+            "made from them."
         )
     return layout
 

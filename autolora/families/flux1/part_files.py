@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from autolora.errors import ConfigError, shown
 from autolora.families.flux1.checkpoint_names import transformer_recipes
-from autolora.families.flux1.others import check_transformer, strip_prefix
-from autolora.families.flux1.sizes import FLUX1_DEV, FluxSizes, ModelSizes
+from autolora.families.flux1.others import check_plain, check_transformer, strip_prefix
+from autolora.families.flux1.sizes import FLUX1_DEV, PUBLISHED, FluxSizes
+from autolora.families.headers import PartFiles
 from autolora.runtime.checkpoints import Located
-from autolora.safetensors_io import Recipe, TensorInfo, read_headers, shape_of
+from autolora.runtime.memory import ModelSizes
+from autolora.safetensors_io import TensorInfo, read_headers
 
 _CLIP_TABLE = ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight")
 _T5_TABLE = ("shared.weight", "encoder.embed_tokens.weight")
 _LAST_NORM = ("decoder.norm_out.weight", "decoder.conv_norm_out.weight")
-
-
-@dataclass
-class PartFiles:
-    """Files of a part, and what its tensors are made of.
-
-    Attributes:
-        files: The file, or all shards.
-        tensors: Headers by name.
-        names: Names in the files by name in ``tensors``; None where they are the same.
-        recipes: What the module's tensors are made of.
-    """
-
-    files: tuple[Path, ...]
-    tensors: dict[str, TensorInfo]
-    names: dict[str, str] | None = None
-    recipes: dict[str, Recipe] = field(default_factory=dict)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the module's tensors."""
-        return {name: shape_of(recipe, self.tensors) for name, recipe in self.recipes.items()}
 
 
 def read_transformer(located: Located) -> PartFiles:
@@ -83,7 +63,7 @@ def model_sizes(located: Mapping[str, Located]) -> ModelSizes:
         ConfigError: A file is incomplete or of another model, or they do not belong together.
     """
     there = {name: entry for name, entry in located.items() if entry.complete}
-    flux = flux_sizes(there["transformer"]) if "transformer" in there else FLUX1_DEV.flux
+    flux = flux_sizes(there["transformer"]) if "transformer" in there else PUBLISHED
     headers: dict[str, Mapping[str, TensorInfo]] = {
         name: read_headers(there[name].paths)
         for name in ("text_encoder", "text_encoder_2", "vae")
@@ -94,12 +74,24 @@ def model_sizes(located: Mapping[str, Located]) -> ModelSizes:
     counts = {name: _count(tensors) for name, tensors in headers.items()}
     norms = [headers["vae"][n].shape[0] for n in _LAST_NORM if n in headers.get("vae", {})]
     return ModelSizes(
-        flux=flux,
+        denoiser=flux,
         text_encoder=counts.get("text_encoder", FLUX1_DEV.text_encoder),
         text_encoder_2=counts.get("text_encoder_2", FLUX1_DEV.text_encoder_2),
         vae=counts.get("vae", FLUX1_DEV.vae),
         vae_channels=norms[0] if norms else FLUX1_DEV.vae_channels,
     )
+
+
+def check_part(located: Located) -> None:
+    """Look at the headers of a part's files.
+
+    Raises:
+        ConfigError: One is incomplete, packed, or of another model.
+    """
+    if located.part == "transformer":
+        flux_sizes(located)
+    else:
+        check_plain(read_headers(located.paths), located.paths[0])
 
 
 def _count(tensors: Mapping[str, TensorInfo]) -> int:

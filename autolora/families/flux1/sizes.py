@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autolora.families.flux1.tables import LAYER_TYPES, LayerType
-from autolora.safetensors_io import Shapes
+from autolora.runtime.memory import ModelSizes
+from autolora.safetensors_io import Shapes, count_blocks
 
 ROPE_PARTS = (2, 7, 7)
 """Sixteenths of a head's channels that the rotary embedding gives to index, row and column."""
@@ -22,7 +21,8 @@ class FluxSizes:
         head_dim: Channels of an attention head.
         double_blocks: Blocks with separate image and text streams.
         single_blocks: Blocks with one stream.
-        patch: Channels of a patch of latents, in and out.
+        patch: Channels of a patch of latents that it gives.
+        taken: Channels of a patch that it takes; a Fill model takes a picture and its mask, too.
         text_dim: Channels of T5's token states.
         pooled_dim: Channels of CLIP's pooled vector.
         time_dim: Channels of the sinusoidal embedding of time and guidance.
@@ -38,6 +38,7 @@ class FluxSizes:
     pooled_dim: int
     time_dim: int
     guidance: bool
+    taken: int = 64
 
     @property
     def heads(self) -> int:
@@ -60,7 +61,7 @@ class FluxSizes:
             KeyError: A tensor that tells a size is missing.
             ValueError: The sizes do not fit together.
         """
-        width, patch = shapes["x_embedder.weight"]
+        width, taken = shapes["x_embedder.weight"]
         (head_dim,) = shapes["blocks.0.attn.norm_q_a.weight"]
         if head_dim % 16 or width % head_dim:
             raise ValueError(f"heads of {head_dim} channels do not divide a width of {width}")
@@ -69,7 +70,8 @@ class FluxSizes:
             head_dim=head_dim,
             double_blocks=count_blocks(shapes, "blocks"),
             single_blocks=count_blocks(shapes, "single_blocks"),
-            patch=patch,
+            patch=shapes["final_proj_out.weight"][0],
+            taken=taken,
             text_dim=shapes["context_embedder.weight"][1],
             pooled_dim=shapes["pooled_text_embedder.0.weight"][1],
             time_dim=shapes["time_embedder.timestep_embedder.0.weight"][1],
@@ -97,7 +99,7 @@ class FluxSizes:
 
     def _linear(self, kind: LayerType) -> tuple[int, int]:
         inner = {
-            "x_embedder": self.patch,
+            "x_embedder": self.taken,
             "context_embedder": self.text_dim,
             "pooled_text_embedder.0": self.pooled_dim,
             "time_embedder.timestep_embedder.0": self.time_dim,
@@ -107,54 +109,26 @@ class FluxSizes:
         return outer, inner
 
 
-@dataclass(frozen=True)
-class ModelSizes:
-    """Sizes of all parts of a base model.
-
-    Attributes:
-        flux: The transformer.
-        text_encoder: Weights of CLIP.
-        text_encoder_2: Weights of T5.
-        vae: Weights of the autoencoder.
-        vae_channels: Channels of the decoder's last stage, which has the picture's full size.
-    """
-
-    flux: FluxSizes
-    text_encoder: int
-    text_encoder_2: int
-    vae: int
-    vae_channels: int
-
-
+PUBLISHED = FluxSizes(
+    width=3072,
+    head_dim=128,
+    double_blocks=19,
+    single_blocks=38,
+    patch=64,
+    text_dim=4096,
+    pooled_dim=768,
+    time_dim=256,
+    guidance=True,
+)
+"""FLUX.1-dev's transformer."""
 FLUX1_DEV = ModelSizes(
-    flux=FluxSizes(
-        width=3072,
-        head_dim=128,
-        double_blocks=19,
-        single_blocks=38,
-        patch=64,
-        text_dim=4096,
-        pooled_dim=768,
-        time_dim=256,
-        guidance=True,
-    ),
+    denoiser=PUBLISHED,
     text_encoder=123_060_480,
     text_encoder_2=4_762_310_656,
     vae=83_819_683,
     vae_channels=128,
 )
-"""The published sizes, for what is not on this machine; files that are say theirs themselves."""
-
-
-def count_blocks(names: Iterable[str], blocks: str) -> int:
-    """Number of blocks under a name, one more than the highest index.
-
-    Args:
-        names: Names of tensors.
-        blocks: Dotted path of the list of blocks.
-    """
-    pattern = re.compile(re.escape(blocks) + r"\.(\d{1,5})\.")
-    return max((int(m[1]) + 1 for name in names if (m := pattern.match(name))), default=0)
+"""The published sizes, for what is not on this machine; local files tell their own."""
 
 
 def t5_sizes(shapes: Shapes) -> dict[str, int | float]:

@@ -18,15 +18,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffsynth.models.flux_dit import (
-    AdaLayerNormContinuous,
-    FluxDiT,
-    FluxJointTransformerBlock,
-    FluxSingleTransformerBlock,
-    RoPEEmbedding,
-)
-from diffsynth.models.general_modules import TimestepEmbeddings
 from torch import Tensor, nn
+
+from autolora.families.flux1.model import SizedFluxDiT
+from autolora.families.flux1.sizes import FluxSizes
 
 
 @dataclass(frozen=True)
@@ -54,35 +49,25 @@ class TinyFluxConfig:
             )
 
 
-class TinyFluxDiT(FluxDiT):
-    """FLUX at the sizes of a :class:`TinyFluxConfig`.
-
-    FLUX.1's constructor knows one size only, so the modules are built here; patchify, position
-    ids and masks are inherited.
-    """
+class TinyFluxDiT(SizedFluxDiT):
+    """FLUX at the sizes of a :class:`TinyFluxConfig`; its guidance is classifier-free."""
 
     def __init__(self, config: TinyFluxConfig) -> None:
-        nn.Module.__init__(self)
-        width, heads = config.width, config.heads
         patch = config.latent_channels * 4
+        sizes = FluxSizes(
+            width=config.width,
+            head_dim=config.width // config.heads,
+            double_blocks=config.double_blocks,
+            single_blocks=config.single_blocks,
+            patch=patch,
+            text_dim=config.text_dim,
+            pooled_dim=config.text_dim,
+            time_dim=256,
+            guidance=False,
+            taken=patch,
+        )
+        super().__init__(sizes, config.rope_axes)
         self.config = config
-        self.input_dim = patch
-        self.pos_embedder = RoPEEmbedding(width, 10000, list(config.rope_axes))
-        self.time_embedder = TimestepEmbeddings(256, width)
-        self.guidance_embedder = None  # guidance is classifier-free, not distilled
-        self.pooled_text_embedder = nn.Sequential(
-            nn.Linear(config.text_dim, width), nn.SiLU(), nn.Linear(width, width)
-        )
-        self.context_embedder = nn.Linear(config.text_dim, width)
-        self.x_embedder = nn.Linear(patch, width)
-        self.blocks = nn.ModuleList(
-            FluxJointTransformerBlock(width, heads) for _ in range(config.double_blocks)
-        )
-        self.single_blocks = nn.ModuleList(
-            FluxSingleTransformerBlock(width, heads) for _ in range(config.single_blocks)
-        )
-        self.final_norm_out = AdaLayerNormContinuous(width)
-        self.final_proj_out = nn.Linear(width, patch)
 
     def init_weights(self) -> None:
         """Sets weights for training from scratch: modulations and the output start at zero.

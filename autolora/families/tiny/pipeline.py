@@ -8,8 +8,13 @@ import torch
 from diffsynth.pipelines.flux_image import FluxImagePipeline
 from torch import Tensor
 
-from autolora.families.tiny.model import TinyDecoder, TinyEncoder, TinyFluxConfig, TinyFluxDiT
+from autolora.config import PipelineConfig
+from autolora.families.tiny import FAMILY
+from autolora.families.tiny.model import TinyDecoder, TinyEncoder, TinyFluxDiT
+from autolora.families.tiny.weights import SHIPPED, load_tiny
 from autolora.minilm import MiniLM, PooledStandIn, TokenStandIn, shared_minilm
+from autolora.runtime.hardware import resolve_compute
+from autolora.runtime.storage import store_in_float8
 
 _TEXT_INPUTS = ("prompt_emb", "pooled_prompt_emb")
 
@@ -63,10 +68,39 @@ def assemble(
     # The text encoder is shared by the process and stays in float32: it runs once per prompt.
     minilm.float()
     pipe.eval().requires_grad_(False)
+    pipe.family, pipe.notes, pipe.tiled = FAMILY, [], False
     return pipe
 
 
-def text_length(minilm: MiniLM, prompts: list[str], config: TinyFluxConfig) -> int:
+def text_length(pipe: TinyFluxPipeline, prompts: list[str]) -> int:
     """Tokens to pad to: the trained length, or more where a prompt would be cut."""
-    longest = minilm.tokenize(prompts).shape[1]
-    return max(config.text_length, longest)
+    longest: int = pipe.text_encoder_2.minilm.tokenize(prompts).shape[1]
+    return max(pipe.dit.config.text_length, longest)
+
+
+def load(config: PipelineConfig, device: torch.device) -> TinyFluxPipeline:
+    """Load the tiny model from its one file.
+
+    Raises:
+        ConfigError: The file is missing or is not a tiny FLUX.
+    """
+    compute = resolve_compute(config, device)
+    _, parts = load_tiny(config.weights or SHIPPED)
+    pipe = assemble(parts["dit"], parts["encoder"], parts["decoder"], device, compute)
+    _cast_text(pipe, compute)
+    if config.storage == "float8":
+        # After assembling, which casts every parameter to the type that is computed in.
+        store_in_float8(pipe.dit, compute, device)
+    return pipe
+
+
+def _cast_text(pipe: TinyFluxPipeline, compute: torch.dtype) -> None:
+    """Hand the transformer its text in the type it computes in; the text encoder has its own."""
+
+    def cast(module: Any, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return tuple(cast(module, inputs, part) for part in output)
+        return output.to(compute) if isinstance(output, torch.Tensor) else output
+
+    for encoder in (pipe.text_encoder_1, pipe.text_encoder_2):
+        encoder.register_forward_hook(cast)

@@ -76,14 +76,14 @@ def answer(
     The machine has 64 GiB beside it.
     """
     from autolora import doctor
-    from autolora.families.flux1 import checkpoint
+    from autolora.families import loading
     from autolora.runtime import hardware
 
     def memory(device: Any = None) -> tuple[int, int]:
         used = 0 if count is None else count.now["cuda"]
         return total - CONTEXT - used, total
 
-    for module in (doctor, checkpoint):
+    for module in (doctor, loading):
         monkeypatch.setattr(module, "machine_memory", lambda: (64 * GIB, 60 * GIB))
     for name, value in {
         "is_available": lambda: True,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autolora.families.flux1.checkpoint import build_transformer
+from autolora.families.flux1.loading import build_transformer
 from autolora.families.flux1.part_files import read_transformer
 from autolora.families.flux1.sizes import FluxSizes
 from autolora.runtime import storage
@@ -38,6 +38,7 @@ def test_checkpoints_in_other_types_are_read(tmp_path: Path, kept: torch.dtype) 
 def test_heads_must_divide_the_width_and_the_rotary_axes(width: int, head: int, good: bool) -> None:
     shapes = {
         "x_embedder.weight": (width, 64),
+        "final_proj_out.weight": (64, width),
         "blocks.0.attn.norm_q_a.weight": (head,),
         "context_embedder.weight": (width, 32),
         "pooled_text_embedder.0.weight": (width, 64),

@@ -235,11 +235,11 @@ def test_offloaded_models_draw_the_same_picture(
     config, pipe, exact, offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU nothing is to be gained, but every step that a GPU takes is gone through."""
-    from autolora.families.flux1 import checkpoint as flux1
+    from autolora.families import loading
 
     settled = MemorySettings(offload=offload)
-    monkeypatch.setattr(flux1, "plan_memory", lambda *a: (settled, []))
-    monkeypatch.setattr(flux1, "MANAGED", ("cpu",))
+    monkeypatch.setattr(loading, "plan_memory", lambda *a: (settled, []))
+    monkeypatch.setattr(loading, "MANAGED", ("cpu",))
     monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
     plain, pipe = pipe, load_pipeline(config)
     assert pipe.vram_management_enabled
@@ -293,21 +293,23 @@ def test_true_size_flux_has_the_published_sizes() -> None:
     from diffsynth.models.flux_text_encoder_t5 import FluxTextEncoderT5
     from diffsynth.models.flux_vae import FluxVAEDecoder, FluxVAEEncoder
 
-    from autolora.families.flux1.checkpoint import SizedFluxDiT
+    from autolora.families.flux1.loading import build_transformer
     from autolora.families.flux1.sizes import FLUX1_DEV, FluxSizes
 
     def parameters(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
     with skip_model_initialization():
-        published, ours = FluxDiT(), SizedFluxDiT(FLUX1_DEV.flux)
+        published = FluxDiT()
         clip, t5 = FluxTextEncoderClip(), FluxTextEncoderT5()
         vae = parameters(FluxVAEDecoder()) + parameters(FluxVAEEncoder())
     shapes = {name: tuple(value.shape) for name, value in published.state_dict().items()}
+    with skip_model_initialization():
+        ours = build_transformer(shapes)
     assert {name: tuple(value.shape) for name, value in ours.state_dict().items()} == shapes
-    assert FluxSizes.from_shapes(shapes) == FLUX1_DEV.flux
-    assert parameters(published) == FLUX1_DEV.flux.parameters
-    assert linear_layers(published) == FLUX1_DEV.flux.linear_shapes()
+    assert FluxSizes.from_shapes(shapes) == FLUX1_DEV.denoiser
+    assert parameters(published) == FLUX1_DEV.denoiser.parameters
+    assert linear_layers(published) == FLUX1_DEV.denoiser.linear_shapes()
     assert ours.pos_embedder.axes_dim == published.pos_embedder.axes_dim
     assert parameters(clip) == FLUX1_DEV.text_encoder
     # DiffSynth's T5 holds its table of words twice, ours once.
@@ -316,7 +318,7 @@ def test_true_size_flux_has_the_published_sizes() -> None:
 
 
 def test_clip_alone_reads_texts_for_the_search(config, files, pipe) -> None:
-    from autolora.families.flux1.checkpoint import load_clip
+    from autolora.families.flux1.loading import load_clip
 
     tokenizer, model = load_clip(config)
     ids = tokenizer("a neon rocket", padding="max_length", max_length=77, return_tensors="pt")
@@ -340,8 +342,8 @@ def broken(files: real_format.RealFormat, tmp_path: Path, change) -> Path:
         (lambda t: t.pop("img_in.weight"), r"lacks what tells"),
         (lambda t: t.update({"refiner.0.weight": torch.zeros(1)}), r"1 tensors .* refiner.0"),
         (
-            lambda t: t.update({"img_in.weight": torch.zeros(64, 384)}),
-            "384 channels per patch, not 64: it is a FLUX.1 Fill or Control",
+            lambda t: t.update({"img_in.weight": torch.zeros(64, 128)}),
+            "128 channels per patch, not 64: it is a FLUX.1 Control",
         ),
         (
             lambda t: t.update({"single_blocks.0.linear2.weight": torch.zeros(64, 64)}),

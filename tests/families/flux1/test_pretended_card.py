@@ -34,12 +34,12 @@ def draw(pipe, config: PipelineConfig, count: pretended.Count, watch=None) -> di
         set_timesteps=lambda *arguments, **options: None,
         timesteps=torch.tensor([999.0]),
         sigmas=[1.0],
-        step=lambda velocity, time, latents: latents - 0.5 * velocity,
+        step=lambda velocity, time, latents, **options: latents - 0.5 * velocity,
     )
-    texts = sample.read_texts(pipe, request, "a red rocket")
+    conditions = sample.prepare(pipe, request, "a red rocket")
     peaks["read"] = count.peak["cuda"]
     count.restart()
-    latents, _ = sample.denoise_latents(pipe, request, texts, [0], watch)
+    latents, _ = sample.denoise_latents(conditions, [0], watch)
     peaks["steps"] = count.peak["cuda"]
     with sample._onloaded(pipe, ("vae_decoder",)), torch.no_grad():
         count.restart()
@@ -158,7 +158,7 @@ def test_files_of_true_size_are_recognized(true_size: Path) -> None:
     found = examine(PipelineConfig("true", kind="flux1", weights=true_size))
     assert all(entry["found"] for entry in found["model"]["files"])
     assert found["model"]["parameters"] == {
-        "transformer": FLUX1_DEV.flux.parameters,
+        "transformer": FLUX1_DEV.denoiser.parameters,
         "text_encoder": FLUX1_DEV.text_encoder,
         "text_encoder_2": FLUX1_DEV.text_encoder_2,
         "vae": FLUX1_DEV.vae,
@@ -173,7 +173,7 @@ def test_bfls_names_and_shapes_are_those_that_diffusers_converts(monkeypatch) ->
     from autolora.families.flux1.others import check_transformer
     from autolora.safetensors_io import TensorInfo, shape_of
 
-    flux = FLUX1_DEV.flux
+    flux = FLUX1_DEV.denoiser
     for name, size in (
         ("WIDTH", flux.width),
         ("HEAD", flux.head_dim),
@@ -218,7 +218,7 @@ def test_estimates_hold_for_the_true_model(
         count.restart()
         peaks = draw(pipe, config, count)
     need = estimate(FLUX1_DEV, "float8", memory, 1024, 1024)
-    weights = FLUX1_DEV.flux.parameters + FLUX1_DEV.text_encoder + FLUX1_DEV.text_encoder_2
+    weights = FLUX1_DEV.denoiser.parameters + FLUX1_DEV.text_encoder + FLUX1_DEV.text_encoder_2
     assert kept == pytest.approx(weights + 2 * FLUX1_DEV.vae, rel=0.015)
     if offload == "layers":
         assert limit is not None

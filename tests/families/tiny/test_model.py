@@ -139,7 +139,7 @@ def test_sentence_vectors_are_the_masked_mean_of_unit_length() -> None:
 @pytest.mark.skipif(not SHIPPED.is_file(), reason="the trained tiny FLUX is not in this checkout")
 def test_the_shipped_model_draws_a_plain_background() -> None:
     from autolora.config import PipelineConfig
-    from autolora.families.load import load_pipeline, text_length_for
+    from autolora.families.load import load_pipeline
 
     pipe = load_pipeline(PipelineConfig("tiny", device="cpu"))
     for colour, channel in (("red", 0), ("blue", 2)):
@@ -151,7 +151,7 @@ def test_the_shipped_model_draws_a_plain_background() -> None:
             width=128,
             seed=0,
             num_inference_steps=8,
-            t5_sequence_length=text_length_for(pipe, [prompt]),
+            **pipe.family.inputs(pipe, [prompt]),
             progress_bar_cmd=lambda steps: steps,
         )
         corners = np.asarray(image, dtype=float)[[4, 4, -5, -5], [4, -5, 4, -5]].mean(0)

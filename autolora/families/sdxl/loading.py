@@ -1,0 +1,149 @@
+"""Builds Stable Diffusion XL from its files. Importing this module imports DiffSynth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffsynth.models.stable_diffusion_text_encoder import SDTextEncoder
+from diffsynth.models.stable_diffusion_vae import StableDiffusionVAE
+from diffsynth.models.stable_diffusion_xl_text_encoder import SDXLTextEncoder2
+from diffsynth.models.stable_diffusion_xl_unet import SDXLUNet2DConditionModel
+from diffsynth.utils.state_dict_converters.stable_diffusion_text_encoder import (
+    SDTextEncoderStateDictConverter,
+)
+from diffsynth.utils.state_dict_converters.stable_diffusion_vae import SDVAEStateDictConverter
+from diffsynth.utils.state_dict_converters.stable_diffusion_xl_text_encoder import (
+    SDXLTextEncoder2StateDictConverter,
+)
+from transformers import CLIPTokenizer
+
+from autolora.families.base import Family
+from autolora.families.loading import Component, Reader, load_family
+from autolora.safetensors_io import Shapes, count_blocks
+
+_Convert = Callable[[dict[str, Any]], dict[str, Any]]
+HEAD = 64
+"""Channels of an attention head, in the UNet and in both CLIPs."""
+_ADDED = "add_embedding.linear_1.weight"
+TIME_CHANNELS = 256
+"""Channels that each number of the size condition is embedded in."""
+
+
+def build_unet(shapes: Shapes) -> SDXLUNet2DConditionModel:
+    """SDXL's UNet at any size on the meta device."""
+    stages = range(count_blocks(shapes, "down_blocks"))
+    channels = [shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in stages]
+    depths = [
+        count_blocks(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks") for i in stages
+    ]
+    attention = next(f"down_blocks.{i}.attentions.0" for i, depth in enumerate(depths) if depth)
+    added = shapes[_ADDED][1]
+    return SDXLUNet2DConditionModel(
+        in_channels=shapes["conv_in.weight"][1],
+        out_channels=shapes["conv_out.weight"][0],
+        down_block_types=["CrossAttnDownBlock2D" if d else "DownBlock2D" for d in depths],
+        up_block_types=["CrossAttnUpBlock2D" if d else "UpBlock2D" for d in reversed(depths)],
+        block_out_channels=channels,
+        layers_per_block=count_blocks(shapes, "down_blocks.0.resnets"),
+        cross_attention_dim=shapes[f"{attention}.transformer_blocks.0.attn2.to_k.weight"][1],
+        attention_head_dim=[max(c // HEAD, 1) for c in channels],
+        transformer_layers_per_block=[max(depth, 1) for depth in depths],
+        use_linear_projection=len(shapes[f"{attention}.proj_in.weight"]) == 2,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_CHANNELS,
+        projection_class_embeddings_input_dim=added,
+    )
+
+
+def _clip_sizes(shapes: Shapes) -> dict[str, int]:
+    first = "model.text_model.encoder.layers.0"
+    vocabulary, width = shapes["model.text_model.embeddings.token_embedding.weight"]
+    return {
+        "hidden_size": width,
+        "intermediate_size": shapes[f"{first}.mlp.fc1.weight"][0],
+        "num_hidden_layers": count_blocks(shapes, "model.text_model.encoder.layers"),
+        "num_attention_heads": width // HEAD,
+        "max_position_embeddings": shapes["model.text_model.embeddings.position_embedding.weight"][
+            0
+        ],
+        "vocab_size": vocabulary,
+    }
+
+
+def _prefixed(convert: _Convert) -> _Convert:
+    """Read what newer transformers write, which leave out ``text_model.``, as well."""
+
+    def read(names: dict[str, Any]) -> dict[str, Any]:
+        kept = ("text_model.", "text_projection.")
+        return convert(
+            {n if n.startswith(kept) else f"text_model.{n}": v for n, v in names.items()}
+        )
+
+    return read
+
+
+def build_clip(shapes: Shapes) -> SDTextEncoder:
+    """CLIP-L at any size on the meta device."""
+    return SDTextEncoder(**_clip_sizes(shapes))
+
+
+def build_clip_g(shapes: Shapes) -> SDXLTextEncoder2:
+    """CLIP-bigG at any size on the meta device."""
+    projection = shapes["model.text_projection.weight"][0]
+    return SDXLTextEncoder2(**_clip_sizes(shapes), projection_dim=projection)
+
+
+def build_autoencoder(shapes: Shapes) -> StableDiffusionVAE:
+    """SDXL's autoencoder at any size on the meta device."""
+    stages = range(count_blocks(shapes, "encoder.down_blocks"))
+    channels = [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in stages]
+    return StableDiffusionVAE(
+        block_out_channels=channels,
+        down_block_types=["DownEncoderBlock2D"] * len(channels),
+        up_block_types=["UpDecoderBlock2D"] * len(channels),
+        latent_channels=shapes["post_quant_conv.weight"][0],
+        scaling_factor=0.13025,
+        sample_size=1024,
+    )
+
+
+COMPONENTS = (
+    Component("unet", "transformer", "SDXL's UNet", build_unet, _ADDED),
+    Component(
+        "text_encoder",
+        "text_encoder",
+        "CLIP-L",
+        build_clip,
+        "model.text_model.embeddings.token_embedding.weight",
+        _prefixed(SDTextEncoderStateDictConverter),
+        role="text",
+    ),
+    Component(
+        "text_encoder_2",
+        "text_encoder_2",
+        "CLIP-bigG",
+        build_clip_g,
+        "model.text_projection.weight",
+        _prefixed(SDXLTextEncoder2StateDictConverter),
+        role="text",
+    ),
+    Component(
+        "vae",
+        "vae",
+        "SDXL's autoencoder",
+        build_autoencoder,
+        "post_quant_conv.weight",
+        SDVAEStateDictConverter,
+        role="autoencoder",
+    ),
+)
+
+
+def load(family: Family, config: Any, device: torch.device) -> Any:
+    """Load SDXL; see `autolora.families.loading.load_family`."""
+    readers = [
+        Reader(name, name, CLIPTokenizer.from_pretrained) for name in ("tokenizer", "tokenizer_2")
+    ]
+    return load_family(family, config, device, COMPONENTS, readers)
