@@ -14,10 +14,12 @@ from autolora.generate.plan import Plan, Planner, keep_fitting
 from autolora.generate.report import Output, Report
 from autolora.generate.reproduce import shipped_gate
 from autolora.generate.search import IndexState, PoolSearch
+from autolora.images import Control, GivenImages
 from autolora.lora import Pool
 from autolora.request import AskedLoRA, check_batch, make_request, parse_prompt
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import nn
 
     from autolora.fusion import AttachReport, GateBank
@@ -250,6 +252,11 @@ class AutoLoRAPipeline:
         negative_prompt: str = "",
         use_triggers: bool = True,
         text_encoders: bool | None = None,
+        image: Image | Path | None = None,
+        strength: float | None = None,
+        mask: Image | Path | None = None,
+        control: Sequence[Control | str] = (),
+        inputs: Mapping[str, Any] | None = None,
         planned: Callable[[Report], None] | None = None,
         progress: Progress | None = None,
         preview: Preview | None = None,
@@ -276,6 +283,12 @@ class AutoLoRAPipeline:
             use_triggers: Whether to add missing trigger words to the prompt.
             text_encoders: Whether adapters also act on the text encoders, where they have parts
                 for them and the base model has these; None is the configured choice.
+            image: Picture to redraw, or its file; without ``size`` the result has its size.
+            strength: Part of it that is redrawn, in (0, 1]; None is 0.6.
+            mask: Picture of the same size, white where it is redrawn.
+            control: Pictures that guide through the base model's ControlNets, also as text
+                ``TYPE=FILE:SCALE``.
+            inputs: Further inputs of DiffSynth's pipeline by their names there.
             planned: Called once before the first step, with all of the report but how it went.
             progress: Called with steps done and steps in all; what it raises ends the call.
             preview: Called with steps done and the model's guess of the finished picture; what
@@ -288,6 +301,15 @@ class AutoLoRAPipeline:
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
+        images, _ = GivenImages.of(
+            {
+                "image": image,
+                "strength": strength,
+                "mask": mask,
+                "control": control,
+                "inputs": inputs,
+            }
+        )
         with self._lock:
             plan = self._planner.plan(
                 prompt,
@@ -302,6 +324,7 @@ class AutoLoRAPipeline:
                 negative_prompt=negative_prompt,
                 use_triggers=use_triggers,
                 text_encoders=text_encoders,
+                images=images,
             )
             if planned is not None:
                 planned(plan.report)
@@ -349,8 +372,9 @@ class AutoLoRAPipeline:
         check_batch(batch)
         for seed in seeds:
             make_request(self.config, prompt, seed=seed)
+        images, options = GivenImages.of(options)
         with self._lock:
-            plan = self._planner.plan(prompt, seeds[0], **options)
+            plan = self._planner.plan(prompt, seeds[0], images=images, **options)
             if planned is not None:
                 planned(plan.report)
             return self._make(plan, seeds, progress, preview, preview_every, batch, drawn)

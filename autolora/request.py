@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from autolora.config import (
+    SIZE_MULTIPLE,
     PipelineConfig,
     guidance_problem,
     rounded_size,
@@ -22,6 +22,7 @@ from autolora.config import (
     top_k_problem,
 )
 from autolora.errors import GenerationError, shown
+from autolora.images import GivenImages
 from autolora.lora.metadata import MAX_STRENGTH
 
 MAX_PROMPT = 10_000
@@ -216,7 +217,7 @@ class Request:
         top_k: Most adapters to take.
         true_cfg: Scale of classifier-free guidance beside embedded guidance; 1 is off.
         notes: Where this is not quite what was asked for, one sentence each.
-        inputs: Further inputs by the pipeline's own names, such as ``input_image``.
+        images: Pictures to start from.
     """
 
     typed: str
@@ -232,7 +233,7 @@ class Request:
     top_k: int
     true_cfg: float = 1.0
     notes: tuple[str, ...] = ()
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    images: GivenImages = field(default_factory=GivenImages)
 
 
 def make_request(
@@ -245,6 +246,7 @@ def make_request(
     guidance: float | None = None,
     negative_prompt: str = "",
     top_k: int | None = None,
+    images: GivenImages | None = None,
 ) -> Request:
     """Check what was asked for and fill in the model's defaults.
 
@@ -257,6 +259,7 @@ def make_request(
         guidance: Guidance scale.
         negative_prompt: What the picture shall not show.
         top_k: Most adapters to take.
+        images: Pictures to start from; a picture to redraw gives the size where none is asked for.
 
     Returns:
         The request.
@@ -265,6 +268,8 @@ def make_request(
         GenerationError: A value is not possible.
     """
     parsed: ParsedPrompt = parse_prompt(prompt)
+    images = images or GivenImages()
+    size = images.size(SIZE_MULTIPLE, size)
     asked_size = size or (config.width, config.height)
     width, height = rounded_size(*asked_size)
     notes: tuple[str, ...] = ()
@@ -284,6 +289,7 @@ def make_request(
         top_k=config.top_k if top_k is None else top_k,
         true_cfg=config.true_cfg,
         notes=notes,
+        images=images,
     )
     for problem in (
         steps_problem(request.steps),

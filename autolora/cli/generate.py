@@ -101,10 +101,13 @@ class Job:
             AutoLoRAError: Something that was asked for is not possible.
         """
         from autolora.generate.png import check_folder
+        from autolora.images import GivenImages
         from autolora.request import check_batch, make_request
 
         check_batch(self.batch)
-        options = {name: self.options[name] for name in _CHECKED if name in self.options}
+        images, rest = GivenImages.of(self.options)
+        options = {name: rest[name] for name in _CHECKED if name in rest}
+        options["images"] = images
         for seed in self.seeds:
             request = make_request(pipe.config, self.prompt, seed=seed, **options)
             check_folder(self.target(seed))
@@ -183,6 +186,7 @@ def recorded_job(
         AutoLoRAError: The picture cannot be repeated here.
     """
     from autolora.generate.reproduce import check, load_report, repeat_options
+    from autolora.images import GivenImages
     from autolora.request import merge_asked, parse_prompt
 
     report = load_report(picture)
@@ -199,6 +203,17 @@ def recorded_job(
     print_notes(notes)
     options = {**repeat_options(report), **changes}
     asked = (*changes.get("loras", ()), *(parse_prompt(prompt).loras if prompt else ()))
+    images = GivenImages.of(options)[0].facts()
+    if report.images and not changes.keys() & {"image", "control", "inputs"}:
+        raise GenerationError(
+            f"{shown(picture)} was drawn from other pictures, which it does not hold; give them "
+            "again by --image, --mask and --control."
+        )
+    if report.images.get("strength") is not None and changes.get("strength") is None:
+        options["strength"] = report.images["strength"]
+        images = GivenImages.of(options)[0].facts()
+    if images != report.images:
+        notes = [*notes, "It starts from other pictures than the first one did."]
     options["loras"] = merge_asked(repeat_options(report)["loras"], asked)
     if prompt is not None and "use_triggers" not in changes:
         options["use_triggers"] = True
@@ -287,6 +302,7 @@ EXAMPLES = examples(
     'autolora generate "a neon elephant on a blue background"',
     'autolora generate "a dragon <lora:sepia:0.7>" --seed 3-6 --out pictures/',
     'autolora generate "a cat" --count 8 --batch 4 --size 128x96',
+    'autolora generate "a cat in snow" --image cat.png --strength 0.5',
     'autolora generate "a red teapot" --lora blueprint:0.8 --no-retrieval',
     "autolora generate --from-png teapot.png",
     "autolora generate --from-png teapot.png --seed 9 --steps 30",
@@ -378,6 +394,31 @@ Negative = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="What the picture shall not show.", show_default=False),
 ]
+Redrawn = Annotated[
+    Path | None,
+    typer.Option(
+        "--image", metavar="FILE", help="Redraw this picture; its size is kept.", show_default=False
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        metavar="0.6", help="How much of it is redrawn, above 0 and at most 1.", show_default=False
+    ),
+]
+Mask = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="White where it is redrawn.", show_default=False),
+]
+Guides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control",
+        metavar="TYPE=FILE[:0.8]",
+        help="Guide by a picture through a ControlNet; repeatable.",
+        show_default=False,
+    ),
+]
 NoTriggers = Annotated[
     bool, typer.Option("--no-triggers", help="Do not add trigger words to the prompt.")
 ]
@@ -424,6 +465,10 @@ def generate(
     size: Size = None,
     guidance: Guidance = None,
     negative: Negative = None,
+    image: Redrawn = None,
+    strength: Strength = None,
+    mask: Mask = None,
+    control: Guides = None,
     no_triggers: NoTriggers = False,
     from_png: FromPng = None,
     force: Force = False,
@@ -445,6 +490,10 @@ def generate(
         "strategy": strategy,
         "use_triggers": False if no_triggers else None,
         "text_encoders": text_encoders,
+        "image": image,
+        "strength": strength,
+        "mask": mask,
+        "control": control or None,
     }
     options = {name: value for name, value in given.items() if value is not None}
     seeds = read_seeds(seed or [], count)
@@ -494,6 +543,10 @@ KEYS: Mapping[str, tuple[type, ...]] = {
     "retrieve": (bool,),
     "triggers": (bool,),
     "text_encoders": (bool,),
+    "image": (str,),
+    "strength": (Real,),
+    "mask": (str,),
+    "control": (list,),
     "out": (str,),
 }
 """What a line's JSON object may say, as the options of the command do."""

@@ -47,6 +47,7 @@ class ImageInputs:
         control: List of DiffSynth's ``ControlNetInput``.
         reference: Pictures to edit or to take after.
         required: Whether the model draws nothing without picture and mask.
+        takes_strength: Whether a part of the picture's noise schedule can be left out.
     """
 
     image: str | None = "input_image"
@@ -54,6 +55,7 @@ class ImageInputs:
     control: str | None = None
     reference: str | None = None
     required: bool = False
+    takes_strength: bool = True
 
 
 @dataclass(frozen=True)

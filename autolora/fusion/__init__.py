@@ -15,6 +15,7 @@ from autolora.fusion.attach import (
     set_strengths,
     switch,
 )
+from autolora.fusion.exchange import WeightExchange
 from autolora.fusion.gate import Gate, GateBank, load_gates, save_gates
 from autolora.fusion.linear import FusedLinear
 from autolora.fusion.match import AttachedAdapter, attached_layers
@@ -35,6 +36,7 @@ __all__ = [
     "GateRecords",
     "MergeReport",
     "Strategy",
+    "WeightExchange",
     "add",
     "attach",
     "attached",

@@ -222,14 +222,7 @@ def merge_(
             f"backup {backup!r} is not possible here; use 'memory', or 'reread' together with a "
             "function that gives the original tensors"
         )
-    _refuse_occupied(module)
-    check_adapters(adapters)
-    linears = find_linears(module)
-    matched = [match(adapter, strength, linears) for adapter, strength in adapters]
-    targets = weight_targets(linears, adapters, matched)
-    extra = bias_targets(linears, adapters, matched) + norm_targets(module, adapters, matched)
-    for target in (*targets, *extra):
-        check_plain(target)
+    matched, targets, extra = _checked(module, adapters)
     merge = Merge(adapters, backup, original)
     rounding: dict[str, float] = {}
     try:
@@ -245,6 +238,30 @@ def merge_(
     _MERGES[module] = merge
     layers = tuple(target.path.removesuffix(".weight") for target in targets)
     return MergeReport(layers, tuple(matched), rounding)
+
+
+def check_mergeable(module: nn.Module, adapters: Pairs) -> None:
+    """Make sure that adapters can be merged into a model; nothing is changed.
+
+    Raises:
+        FusionError: As for `merge_`.
+    """
+    _checked(module, adapters)
+
+
+def _checked(
+    module: nn.Module, adapters: Pairs
+) -> tuple[list[AttachedAdapter], list[Target], list[Target]]:
+    """Which adapters fit where, the weights to change, and the biases and norms."""
+    _refuse_occupied(module)
+    check_adapters(adapters)
+    linears = find_linears(module)
+    matched = [match(adapter, strength, linears) for adapter, strength in adapters]
+    targets = weight_targets(linears, adapters, matched)
+    extra = bias_targets(linears, adapters, matched) + norm_targets(module, adapters, matched)
+    for target in (*targets, *extra):
+        check_plain(target)
+    return matched, targets, extra
 
 
 def restore(module: nn.Module) -> int:

@@ -206,6 +206,7 @@ def plan_report(
         base=identify_base(config),
         notes=notes,
         versions=program_versions(),
+        images=request.images.facts(),
     )
 
 

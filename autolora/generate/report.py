@@ -242,6 +242,7 @@ class Report:
             loaded), ``attach``, ``encode``, ``denoise``, ``decode``, and ``total``. Not in
             pictures, so that the same request gives the same file.
         versions: Of the programs involved.
+        images: Digests of the pictures that it started from, with their numbers.
     """
 
     prompt: str
@@ -263,10 +264,14 @@ class Report:
     notes: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
-        return asdict(self)
+        data = asdict(self)
+        if not self.images:  # as all pictures were before any could start from one
+            del data["images"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:

@@ -31,6 +31,7 @@ from autolora.families.base import Family
 from autolora.fusion.attach import ready_beside
 from autolora.generate.plan import Plan
 from autolora.generate.report import Output
+from autolora.images import GivenImages
 from autolora.request import Request
 
 PREVIEW_SIDE = 64
@@ -221,7 +222,9 @@ def prepare(pipe: Any, request: Request, prompt: str, seed: int = 0) -> Conditio
     """
     start = time.perf_counter()
     family: Family = pipe.family
-    check_inputs(pipe, request.inputs)
+    given = request.images.named(pipe, request.width, request.height)
+    given = {name: value for name, value in given.items() if value is not None}
+    check_inputs(pipe, given)
     embedded = family.embeds_guidance(pipe)
     cfg = request.true_cfg if embedded else request.guidance
     arguments = {
@@ -246,7 +249,6 @@ def prepare(pipe: Any, request: Request, prompt: str, seed: int = 0) -> Conditio
             )
         arguments["sigma_shift"] = request.sigma_shift
     arguments |= family.inputs(pipe, [prompt, request.negative_prompt])
-    given = {name: value for name, value in request.inputs.items() if value is not None}
     arguments |= {name: value for name, value in given.items() if name in taken}
     inputs = _sorted_inputs(pipe, arguments)
     _add_unit_inputs(
@@ -382,11 +384,9 @@ def denoise(
     return images[0], Timings(conditions.seconds, seconds, time.perf_counter() - start)
 
 
-def can_batch(family: Family, inputs: Mapping[str, Any]) -> bool:
-    """Whether pictures can be drawn together: further inputs have rows for one picture only."""
-    pictures = {"input_image", "denoising_strength"}
-    given = {name for name, value in inputs.items() if value is not None}
-    return bool(family.per_image) and given <= pictures
+def can_batch(family: Family, images: GivenImages) -> bool:
+    """Whether pictures can be drawn together: most inputs have rows for one picture only."""
+    return bool(family.per_image) and not (images.mask or images.control or images.inputs)
 
 
 def _batched(family: Family, pictures: Sequence[_Inputs]) -> _Inputs:
@@ -514,7 +514,7 @@ def make_pictures(
         of pictures takes the memory of a batch.
     """
     family: Family = base.family
-    groups = list(chunks(seeds, batch if can_batch(family, plan.request.inputs) else 1))
+    groups = list(chunks(seeds, batch if can_batch(family, plan.request.images) else 1))
     # A batch takes a step for all of its pictures at once.
     total = len(groups) * plan.request.steps
     waiting: list[_Group] = []

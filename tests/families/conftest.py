@@ -16,6 +16,7 @@ from autolora.config import PipelineConfig
 from autolora.families.base import Family
 from autolora.families.registry import find_family
 from autolora.generate.sample import Watch, denoise_latents, prepare
+from autolora.images import GivenImages
 from tests.families.small import WRITERS
 
 SIDE, STEPS, SEED = 64, 2, 5
@@ -34,6 +35,10 @@ class Asked:
     true_cfg: float = 1.0
     sigma_shift: float | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> GivenImages:
+        return GivenImages(inputs=self.inputs)
 
 
 @dataclass

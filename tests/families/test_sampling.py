@@ -16,6 +16,7 @@ from autolora.generate.sample import (
     input_names,
     prepare,
 )
+from autolora.images import GivenImages
 from tests.families.conftest import NEGATIVE, PROMPT, SEED, SIDE, STEPS, Asked, Model
 
 
@@ -98,7 +99,7 @@ def test_seeds_share_one_reading_of_the_prompt(small: Model, monkeypatch) -> Non
 
 
 def test_a_batch_is_the_same_up_to_rounding(small: Model) -> None:
-    if not can_batch(small.family, {}):
+    if not can_batch(small.family, GivenImages()):
         pytest.skip("this family's pipeline draws one picture at a time")
     alone = torch.cat([small.latents(seed) for seed in (SEED, 9)])
     conditions = prepare(small.pipe, Asked(), PROMPT, SEED)

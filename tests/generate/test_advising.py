@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from autolora.families.flux1 import FAMILY
 from autolora.generate.active_adapters import Chosen
 from autolora.generate.plan import base_notes, made_for
 
@@ -43,6 +44,7 @@ def notes(
         variant=variant,
         text_length=8,
         dit=SimpleNamespace(guidance_embedder=guidance_embedder),
+        family=FAMILY,
         tokenizer_2=lambda prompt: SimpleNamespace(input_ids=[0] * len(prompt.split())),
     )
     lora = SimpleNamespace(

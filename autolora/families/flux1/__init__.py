@@ -63,7 +63,13 @@ def _images(pipe: Any) -> ImageInputs:
     from autolora.families.flux1.others import FILL_CHANNELS
 
     if pipe.dit.x_embedder.in_features == FILL_CHANNELS:
-        return ImageInputs("flux_fill_image", "flux_fill_mask", "controlnet_inputs", required=True)
+        return ImageInputs(
+            "flux_fill_image",
+            "flux_fill_mask",
+            "controlnet_inputs",
+            required=True,
+            takes_strength=False,
+        )
     return ImageInputs(control="controlnet_inputs", reference="kontext_images")
 
 
