@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,28 +55,58 @@ APART = ("autoencoder", "hand-on")  # run only when they are named
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def autoencoder_of(work: Path) -> dict[str, Any]:
+    """Encoder and decoder: those trained in the work folder, else the shipped ones."""
+    file = work / "autoencoder-final.pt"
+    _, modules = load_tiny(SHIPPED)
+    parts = {name: modules[name] for name in ("encoder", "decoder")}
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        for name, module in parts.items():
+            module.load_state_dict(state[name])
+    return {name: module.eval().requires_grad_(False) for name, module in parts.items()}
+
+
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def draw_shard(config: WorldConfig, work: Path, number: int) -> Path:
+    """Draws one shard of the bank, in whichever process."""
+    return make_shard(
+        work / "bank",
+        number,
+        config.bank.pictures,
+        split_world().base,
+        autoencoder_of(work)["encoder"],
+        shared_minilm(),
+        config.model.size,
+        config.model.text_length,
+        config.bank.mix,
+        config.seed,
+    )
+
+
 class Builder:
     """Runs the stages for one config and work folder."""
 
     def __init__(
-        self, config: WorldConfig, work: Path, device: torch.device, minutes: float | None
+        self,
+        config: WorldConfig,
+        work: Path,
+        device: torch.device,
+        threads: int,
+        minutes: float | None = None,
     ) -> None:
-        self.config, self.work, self.device, self.minutes = config, work, device, minutes
+        self.config, self.work, self.device = config, work, device
+        self.threads, self.minutes = threads, minutes
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.split: Split = split_world()
         self.model_file = work / "tiny-flux.safetensors"
         self.pools = {which: work / "pool" / which for which in ("shipped", "large")}
 
     def _autoencoder(self) -> dict[str, Any]:
-        """Encoder and decoder: those trained here, else the shipped ones."""
-        file = self.work / "autoencoder-final.pt"
-        _, modules = load_tiny(SHIPPED)
-        parts = {name: modules[name] for name in ("encoder", "decoder")}
-        if file.exists():
-            state = torch.load(file, weights_only=True)
-            for name, module in parts.items():
-                module.load_state_dict(state[name])
-        return {name: m.eval().requires_grad_(False).to(self.device) for name, m in parts.items()}
+        return {name: m.to(self.device) for name, m in autoencoder_of(self.work).items()}
 
     def _minilm(self) -> MiniLM:
         return shared_minilm().to(self.device)
@@ -88,26 +121,17 @@ class Builder:
 
     def bank(self) -> None:
         """Draws the pictures that the base model learns from."""
-        for number in range(self.config.bank.shards):
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                print(f"{self.config.bank.shards - number} shards are still to be drawn.")
-                return
-            self._shard(number)
-            print(f"shard {number + 1} of {self.config.bank.shards}", flush=True)
-
-    def _shard(self, number: int) -> None:
-        make_shard(
-            self.work / "bank",
-            number,
-            self.config.bank.pictures,
-            self.split.base,
-            self._autoencoder()["encoder"],
-            self._minilm(),
-            self.config.model.size,
-            self.config.model.text_length,
-            self.config.bank.mix,
-            self.config.seed,
-        )
+        numbers = range(self.config.bank.shards)
+        with ProcessPoolExecutor(
+            max(1, self.threads // 2), mp_context=get_context("spawn"), initializer=_two_threads
+        ) as workers:
+            jobs = [workers.submit(draw_shard, self.config, self.work, n) for n in numbers]
+            for done, _ in enumerate(as_completed(jobs), 1):
+                print(f"shard {done} of {len(jobs)}", flush=True)
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    workers.shutdown(cancel_futures=True)
+                    print(f"{len(jobs) - done} shards are still to be drawn.")
+                    return
 
     def _beginning(self) -> Any:
         """Where a run without a checkpoint begins: the relay, else the shipped model, widened."""
@@ -128,7 +152,7 @@ class Builder:
     def base(self) -> None:
         """Trains the base model, for as long as it is given."""
         if not list((self.work / "bank").glob("shard-*.safetensors")):
-            self._shard(0)
+            draw_shard(self.config, self.work, 0)
         bank = Bank(self.work / "bank", self.device)
         dit = train_base(self.config.base, self._beginning(), bank, self.work, self.minutes)
         _, step = averaged_weights(self.work)
@@ -238,11 +262,12 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, help="stop training, or starting LoRAs, after this"
     )
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: 2, with a card all")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is a card")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    threads = args.threads or (2 if device.type == "cpu" else os.cpu_count() or 2)
+    torch.set_num_threads(threads)
     try:
         config = load_world_config(args.config)
         if device.type == "cuda":
@@ -250,7 +275,7 @@ def main() -> None:
                 config, base=config.base.on_cuda(), turbo=config.turbo.on_cuda()
             )
         args.work.mkdir(parents=True, exist_ok=True)
-        builder = Builder(config, args.work, device, args.minutes)
+        builder = Builder(config, args.work, device, threads, args.minutes)
         for stage in args.stage or STAGES:
             print(f"== {stage}", flush=True)
             getattr(builder, stage.replace("-", "_"))()
