@@ -1,0 +1,165 @@
+"""Every row of every table, at full size, against the class that runs the model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autolora.families.detect import tables
+from autolora.families.layers import CANONICAL, LayerTable, Size, weight_shape
+
+FLUX2 = {
+    "klein 4B": {
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+    "klein 9B": {
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+        "guidance_embeds": False,
+    },
+    "dev": {},
+}
+
+
+def _flux1(variant: str) -> nn.Module:
+    from diffsynth.models.flux_dit import FluxDiT
+
+    return FluxDiT()
+
+
+def _flux2(variant: str) -> nn.Module:
+    from diffsynth.models.flux2_dit import Flux2DiT
+
+    return Flux2DiT(**FLUX2[variant])
+
+
+def _z_image(variant: str) -> nn.Module:
+    from diffsynth.models.z_image_dit import ZImageDiT
+
+    return ZImageDiT()
+
+
+def _qwen_image(variant: str) -> nn.Module:
+    from diffsynth.models.qwen_image_dit import QwenImageDiT
+
+    return QwenImageDiT()
+
+
+def _sdxl(variant: str) -> nn.Module:
+    from diffsynth.configs.model_configs import stable_diffusion_xl_series
+    from diffsynth.models.stable_diffusion_xl_unet import SDXLUNet2DConditionModel
+
+    return SDXLUNet2DConditionModel(**stable_diffusion_xl_series[0]["extra_kwargs"])
+
+
+CLASSES: dict[str, Callable[[str], nn.Module]] = {
+    "flux1": _flux1,
+    "flux2": _flux2,
+    "z_image": _z_image,
+    "qwen_image": _qwen_image,
+    "sdxl": _sdxl,
+}
+MODELS = [(name, variant.name) for name in CLASSES for variant in tables()[name].variants]
+
+
+def expected_shape(table: LayerTable, name: str, widths: dict[str, int]) -> tuple[int, ...]:
+    parsed = table.parse(name)
+    assert parsed is not None, name
+    out = parsed.row.out().value(widths)
+    inner = parsed.row.inputs.value(widths) if parsed.row.inputs is not None else None
+    assert out is not None
+    return (out,) if inner is None else (out, inner, *parsed.row.kernel)
+
+
+@pytest.mark.parametrize(("family", "variant"), MODELS)
+def test_table_is_the_model_at_full_size(family: str, variant: str) -> None:
+    table = tables()[family]
+    sizes = next(known for known in table.variants if known.name == variant)
+    with torch.device("meta"):
+        model = CLASSES[family](variant)
+    present: dict[str, Any] = dict(model.named_modules())
+    weights = {
+        name: tuple(module.weight.shape)
+        for name, module in present.items()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    listed = table.shapes(model)
+    assert listed == {name: weights[name] for name in listed}
+    assert set(listed) == set(weights), "a layer of the model is in no row"
+    for name, shape in weights.items():
+        assert shape == expected_shape(table, name, dict(sizes.widths)), name
+        parsed = table.parse(name)
+        assert parsed is not None
+        if parsed.row.group:
+            assert parsed.block is not None
+            assert parsed.block < sizes.blocks[parsed.row.group], name
+    for row in table.rows:
+        if "guidance" in row.template and "klein" in variant:
+            continue
+        last = sizes.blocks.get(row.group, 1) - 1
+        module = present[row.template.replace("{i}", str(last))]
+        if row.is_norm:
+            assert tuple(module.weight.shape) == (row.out().value(dict(sizes.widths)),)
+
+
+@pytest.mark.parametrize("family", tables())
+def test_every_spelling_leads_back(family: str) -> None:
+    table = tables()[family]
+    for row in table.rows:
+        name = row.template.replace("{i}", "3")
+        for dialect in table.dialects:
+            for path, spelling, shares in table.spell(name, dialect):
+                for joint in ("_", "."):
+                    found = [
+                        module
+                        for module in table.find(path.replace(".", joint))
+                        if module.dialect == dialect
+                    ]
+                    assert len(found) == 1, path
+                    assert found[0].shares == shares
+                    assert found[0].shares[spelling.position].row is row
+                    assert found[0].shares[spelling.position].name(found[0].block) == name
+
+
+@pytest.mark.parametrize("family", tables())
+def test_every_dialect_names_each_output_row_once(family: str) -> None:
+    table = tables()[family]
+    for dialect in set(table.dialects) - {"xlabs"}:
+        named: dict[str, list[str]] = {}
+        for shares in table.modules(dialect).values():
+            for share in shares:
+                names = share.slices or share.row.slice_names
+                named.setdefault(share.row.template, []).extend(names)
+        for row in table.rows:
+            if row.template in named:
+                assert sorted(named[row.template]) == sorted(row.slice_names), row.template
+
+
+def test_canonical_names_are_found_in_order() -> None:
+    table = tables()["flux2"]
+    names = ["proj_out", "transformer_blocks.10.attn.to_q", "transformer_blocks.2.attn.to_q"]
+    assert sorted(names, key=table.sort_key) == [names[2], names[1], names[0]]
+    assert table.parse("transformer_blocks.07.attn.to_q") is None
+    assert table.parse("transformer_blocks.{i}.attn.to_q") is None
+    assert CANONICAL in table.dialects
+
+
+def test_sizes_are_sums_of_multiples() -> None:
+    assert Size.parse("c2+3c1").value({"c1": 10, "c2": 5}) == 35
+    assert Size.parse("4d").value({}) is None
+    with pytest.raises(ValueError, match="not a sum"):
+        Size.parse("4*d")
+
+
+def test_grouped_convolutions_have_no_shape() -> None:
+    assert weight_shape(nn.Conv2d(4, 8, 3)) == (8, 4, 3, 3)
+    assert weight_shape(nn.Conv2d(4, 8, 3, groups=2)) is None
+    assert weight_shape(nn.LayerNorm(4)) is None
