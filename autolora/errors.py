@@ -12,7 +12,29 @@ class AutoLoRAError(Exception):
 
 
 class LoRAFormatError(AutoLoRAError):
-    """A file, or a set of factors, that is not a usable FLUX.1 LoRA."""
+    """A file, or a set of factors, that is not a usable LoRA."""
+
+
+class FamilyError(LoRAFormatError):
+    """A LoRA file for another base model than those that are read, or for one of several.
+
+    Attributes:
+        title: What to call the base model; empty where several remain.
+        candidates: Titles of the models that it may be for, where several remain.
+        families: Names of those that can be asked for.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        title: str = "",
+        candidates: tuple[str, ...] = (),
+        families: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.title = title
+        self.candidates = candidates
+        self.families = families
 
 
 class PoolError(AutoLoRAError):

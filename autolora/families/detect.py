@@ -99,6 +99,11 @@ def title(name: str) -> str:
     return next((c.telling.title for c in _candidates() if c.name == name), name)
 
 
+def is_published(name: str) -> bool:
+    """Whether people have adapters for a family from elsewhere."""
+    return any(c.name == name and c.telling.words for c in _candidates())
+
+
 def shares_layers(one: str, other: str) -> bool:
     """Whether adapters of one family fit another, as far as names tell."""
     return one == other or layer_table(one).rows == layer_table(other).rows
@@ -299,6 +304,56 @@ def _solve(modules: Iterable[_Known]) -> dict[str, int] | None:
         if expected is not None and expected != channels:
             return None
     return widths
+
+
+def misfit(table: LayerTable, modules: Sequence[tuple[Module, Shape]], lenient: bool) -> str | None:
+    """Say what is wrong with a file whose layers are not those of a family.
+
+    Args:
+        table: The family's layers.
+        modules: Modules of the file with their sizes.
+        lenient: Whether widths of no published model are right.
+
+    Returns:
+        The rest of a sentence that begins with the file, with ``{model}`` for the family's title;
+        None where all is well.
+    """
+    known = [_Known(module, shape) for module, shape in modules]
+    if _fit(table, known):
+        return None
+    for n, (module, shape) in enumerate(known, 1):
+        if _solve(known[:n]) is None:
+            name = "+".join(share.name(module.block) for share in module.shares)
+            return (
+                f"makes layer {name} {list(shape or ())}, which has not the proportions of "
+                "{model}'s layers"
+            )
+    widths = _solve(known) or {}
+    for variant in table.variants:
+        same = [s for s, width in widths.items() if variant.widths.get(s, width) == width]
+        if len(same) == len(widths):
+            most = {
+                group: max(m.block or 0 for m, _ in known if m.shares[0].row.group == group)
+                for group in {m.shares[0].row.group for m, _ in known} & variant.blocks.keys()
+            }
+            for group, highest in most.items():
+                if highest >= variant.blocks[group]:
+                    return (
+                        f"has a {group} number {highest}, where {{model}} has "
+                        f"{variant.blocks[group]} of them"
+                    )
+    if lenient:
+        return None
+    return f"has layers {max(widths.values(), default=0)} wide, which no {{model}} has"
+
+
+def refused_width(table: LayerTable, module: Module, shape: Shape) -> tuple[str, str] | None:
+    """What a file is, and what to do instead, where a module has a width that is refused."""
+    for size, kernel, value in _equations(module, shape):
+        for (symbol, width), refusal in table.refused.items():
+            if size.terms == ((symbol, 1),) and value == width * kernel:
+                return refusal
+    return None
 
 
 def header_words(metadata: Mapping[str, str]) -> list[str]:

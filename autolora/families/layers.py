@@ -14,6 +14,7 @@ second of several that the module holds one after the other.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -220,11 +221,13 @@ class Variant:
         name: What people call it.
         widths: Channels by symbol.
         blocks: Number of blocks by the path of their list.
+        without: What the names of layers that it lacks begin with.
     """
 
     name: str
     widths: Mapping[str, int]
     blocks: Mapping[str, int]
+    without: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -310,7 +313,9 @@ class LayerTable:
         native: The dialect that trainers such as kohya's and ai-toolkit write.
         text_encoders: Text encoders that files may change.
         adjustable: Widths that models made from a published one may change, such as the input's.
-        typical: The variant that is assumed where widths do not tell.
+        refused: What a file is that makes a width of another size, and what to do instead; by
+            symbol and size.
+        unet: Whether diffusers calls the denoiser ``unet``, not ``transformer``.
     """
 
     rows: tuple[LayerRow, ...]
@@ -319,6 +324,8 @@ class LayerTable:
     native: str = CANONICAL
     text_encoders: tuple[TextEncoder, ...] = ()
     adjustable: frozenset[str] = frozenset()
+    refused: Mapping[tuple[str, int], tuple[str, str]] = field(default_factory=dict)
+    unet: bool = False
 
     def __post_init__(self) -> None:
         by_template = {row.template: row for row in self.rows}
@@ -416,6 +423,43 @@ class LayerTable:
             )
             for spelling in self.spellings(parsed.row, dialect)
         ]
+
+    def count(self, shapes: Mapping[str, tuple[int, int]]) -> int:
+        """Weights of the model that an adapter is for.
+
+        Args:
+            shapes: Output channels, and inputs times the kernel's size, of the layers that it
+                changes.
+
+        Returns:
+            Those of the published model with such layers, the first where none tells; for other
+            widths, those of as many blocks as are numbered.
+        """
+        parsed = [(found, shapes[name]) for name in shapes if (found := self.parse(name))]
+        variant = next((v for v in self.variants if self._is_of(v, parsed)), None)
+        counts: dict[str, int] = {}
+        if variant is not None:
+            counts = dict(variant.blocks)
+        else:
+            for found, _ in parsed:
+                group = found.row.group
+                counts[group] = max(counts.get(group, 0), (found.block or 0) + 1)
+        absent = () if variant is None else variant.without
+        return sum(
+            counts.get(row.group, 0) if row.group else 1
+            for row in self.rows
+            if not row.is_norm and not row.template.startswith(absent or ("\0",))
+        )
+
+    def _is_of(self, variant: Variant, layers: Iterable[tuple[LayerName, tuple[int, int]]]) -> bool:
+        for found, shape in layers:
+            for size, number in ((found.row.out(), shape[0]), (found.row.inputs, shape[1])):
+                kernel = 1 if size is not found.row.inputs else math.prod(found.row.kernel)
+                known = None if size is None else size.value(variant.widths)
+                free = size is None or any(symbol in self.adjustable for symbol, _ in size.terms)
+                if known is not None and not free and known * kernel != number:
+                    return False
+        return True
 
     def shapes(self, module: Denoiser) -> dict[str, tuple[int, ...]]:
         """Weight shapes of a model's layers that are in the table, in the order of `sort_key`.

@@ -146,7 +146,8 @@ class Matrix:
         whole: ``[p, q]``, or None when it is a product.
         a: ``[p, r]``; ``[r, p]`` beside a core.
         b: ``[r, q]``.
-        core: ``[r, r]`` (LyCORIS' ``t1``, ``t2``).
+        core: ``[r, r]`` or, for convolutions, ``[r, r, height, width]`` (LyCORIS' ``t1``,
+            ``t2``); the kernel then belongs to the columns.
     """
 
     whole: Tensor | None = None
@@ -170,20 +171,32 @@ class Matrix:
         if self.whole is not None:
             return int(self.whole.shape[0]), int(self.whole.shape[1])
         assert self.a is not None and self.b is not None
-        return int(self.a.shape[0 if self.core is None else 1]), int(self.b.shape[1])
+        if self.core is None:
+            return int(self.a.shape[0]), int(self.b.shape[1])
+        return int(self.a.shape[1]), int(self.b.shape[1]) * math.prod(self.core.shape[2:])
 
     def left(self) -> Tensor:
-        """The left factor ``[p, r]`` in float64, with the core folded in."""
+        """The left factor ``[p, r]`` in float64."""
         assert self.a is not None
-        a = self.a.to(torch.float64)
-        if self.core is None:
-            return a
-        return a.T @ self.core.reshape(self.core.shape[:2]).to(torch.float64)
+        return (self.a if self.core is None else self.a.T).to(torch.float64)
 
     def right(self) -> Tensor:
-        """The right factor ``[r, q]`` in float64."""
+        """The right factor ``[r, q]`` in float64, with the core folded in."""
         assert self.b is not None
-        return self.b.to(torch.float64)
+        if self.core is None:
+            return self.b.to(torch.float64)
+        core = (
+            self.core.to(torch.float64).flatten(2) if self.core.ndim > 2 else self.core[..., None]
+        )
+        return torch.einsum("rsk,sq->rqk", core.to(torch.float64), self.b.double()).flatten(1)
+
+    def rows(self, start: int, stop: int) -> "Matrix":
+        """The matrix of some of the rows."""
+        if self.whole is not None:
+            return Matrix(self.whole[start:stop])
+        assert self.a is not None
+        a = self.a[start:stop] if self.core is None else self.a[:, start:stop]
+        return Matrix(None, a, self.b, self.core)
 
     def dense(self) -> Tensor:
         """The matrix in float64."""
@@ -359,6 +372,84 @@ def _dots(left: Tensor, right: Tensor) -> Tensor:
     return (left.to(torch.float64) * right.to(torch.float64)).sum(dim=1)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Some of the rows of another change, where its structure gives them no form of their own.
+
+    Attributes:
+        whole: The other change.
+        start: The first row.
+        stop: The row after the last.
+    """
+
+    whole: Change
+    start: int
+    stop: int
+
+    @property
+    def algorithm(self) -> str:
+        """That of the other change."""
+        return self.whole.algorithm
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape ``(m, n)``."""
+        return self.stop - self.start, self.whole.shape[1]
+
+    @property
+    def rank(self) -> int | None:
+        """That of the other change."""
+        return self.whole.rank
+
+    @property
+    def scale(self) -> float:
+        """That of the other change."""
+        return self.whole.scale
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Those of the other change."""
+        return self.whole.tensors
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` in float64."""
+        return self.whole.block(self.start + start, self.start + stop)
+
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        """That of the other change with zeros for the other rows."""
+        wide = left.new_zeros(self.whole.shape[0], left.shape[1])
+        wide[self.start : self.stop] = left
+        return self.whole.bilinear(wide, right)
+
+    def square_norm(self) -> float:
+        """The sum of squares."""
+        return sum_of_squares(self)
+
+
+def rows_of(change: Change, start: int, stop: int) -> Change:
+    """Take some of a change's rows.
+
+    Args:
+        change: A change of several layers' rows, one after the other.
+        start: The first row.
+        stop: The row after the last.
+
+    Returns:
+        A change of shape ``(stop - start, n)`` that shares its tensors.
+    """
+    if isinstance(change, LowRank):
+        return LowRank(change.A, change.B[start:stop], change.scale)
+    if isinstance(change, Full):
+        return Full(change.diff[start:stop])
+    if isinstance(change, Hadamard):
+        return Hadamard(change.w1.rows(start, stop), change.w2.rows(start, stop), change.scale)
+    if isinstance(change, Kronecker):
+        inner = change.w2.shape[0]
+        if start % inner == 0 and stop % inner == 0:
+            return Kronecker(change.w1.rows(start // inner, stop // inner), change.w2, change.scale)
+    return Rows(change, start, stop)
+
+
 def sum_of_squares(change: Change) -> float:
     """Square of the Frobenius norm of a change, a block of rows at a time.
 
@@ -386,10 +477,12 @@ class Magnitude:
     Attributes:
         values: ``[m]`` or ``[n]``, in the dtype of the file.
         axis: Whether there is one per output row or per input column.
+        kernel: Neighbouring columns that share one length: those of a convolution's kernel.
     """
 
     values: Tensor
     axis: Literal["rows", "columns"]
+    kernel: int = 1
 
 
 @dataclass(frozen=True)
@@ -462,6 +555,8 @@ class Piece:
         for start, stop, where in self.blocks():
             before = base[where].to(values.device, torch.float64)
             squares += (before + self.change.block(start, stop)).square().sum(dim=0)
+        kernel = self.magnitude.kernel
+        squares = squares.unflatten(0, (-1, kernel)).sum(dim=1).repeat_interleave(kernel)
         return values / _nonzero(squares.sqrt())
 
 
@@ -476,20 +571,23 @@ class LayerDelta:
 
     Attributes:
         out_features: The layer's output channels.
-        in_features: The layer's input channels.
+        in_features: The layer's input channels, for a convolution times the kernel's size.
         pieces: Pieces on rows that do not overlap.
         error: Relative Frobenius error of what these pieces stand in for; 0 when exact.
+        kernel: Height and width of a convolution's kernel; empty for a linear layer.
     """
 
     out_features: int
     in_features: int
     pieces: tuple[Piece, ...]
     error: float = 0.0
+    kernel: tuple[int, ...] = ()
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Shape ``(out, in)`` of the weight that is changed."""
-        return self.out_features, self.in_features
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight: ``(out, in)``, or ``(out, in, height, width)``."""
+        channels = self.in_features // math.prod(self.kernel)
+        return self.out_features, channels, *self.kernel
 
     @property
     def is_low_rank(self) -> bool:
@@ -540,16 +638,18 @@ class LayerDelta:
         Products are accumulated in float64 and rounded once.
 
         Args:
-            base: Weight of the layer ``[out, in]`` of any float dtype; only used where
+            base: Weight of the layer in its own shape, of any float dtype; only used where
                 `needs_base`.
 
         Returns:
-            Float32 ``[out, in]``.
+            Float32 ``[out, in]``, the kernel of a convolution flattened.
         """
         device = self.tensors[0].device
-        dense = torch.zeros(*self.shape, dtype=torch.float32, device=device)
+        size = (self.out_features, self.in_features)
+        dense = torch.zeros(*size, dtype=torch.float32, device=device)
+        flat = None if base is None else base.reshape(size)
         for piece in self.pieces:
-            piece.add_to(dense, base)
+            piece.add_to(dense, flat)
         return dense
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -595,14 +695,14 @@ def check_pair(name: str, layer: str, A: Tensor, B: Tensor) -> None:
     Args:
         name: The adapter or file they are for.
         layer: The layer they are for.
-        A: Should be ``[r, in]``.
+        A: Should be ``[r, in]``, or ``[r, in, height, width]`` for a convolution.
         B: Should be ``[out, r]``.
 
     Raises:
         LoRAFormatError: They do not fit together, or hold anything but finite numbers.
     """
     where = f"Factors of layer {shown(layer)} in LoRA {shown(name)!r}"
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
+    if A.ndim not in (2, 4) or B.ndim != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
         raise LoRAFormatError(
             f"{where} have shapes A {list(A.shape)} and B {list(B.shape)}; "
             "give A [rank, in] and B [out, rank]."
@@ -619,7 +719,7 @@ def layer_from_pair(name: str, layer: str, A: Tensor, B: Tensor) -> LayerDelta:
     Args:
         name: The adapter they are for.
         layer: The layer they are for.
-        A: ``[r, in]``.
+        A: ``[r, in]``, or ``[r, in, height, width]`` for a convolution.
         B: ``[out, r]``, the scale folded in.
 
     Returns:
@@ -629,9 +729,10 @@ def layer_from_pair(name: str, layer: str, A: Tensor, B: Tensor) -> LayerDelta:
         LoRAFormatError: As for `check_pair`.
     """
     check_pair(name, layer, A, B)
+    kernel, A = tuple(A.shape[2:]), A.detach().flatten(1)
     out_features, in_features = int(B.shape[0]), int(A.shape[1])
-    piece = Piece(LowRank(A.detach(), B.detach()), (slice(0, out_features),))
-    return LayerDelta(out_features, in_features, (piece,))
+    piece = Piece(LowRank(A, B.detach()), (slice(0, out_features),))
+    return LayerDelta(out_features, in_features, (piece,), kernel=kernel)
 
 
 def check_base(name: str, layer: str, delta: LayerDelta, base: Tensor | None) -> None:
@@ -661,15 +762,15 @@ def check_base(name: str, layer: str, delta: LayerDelta, base: Tensor | None) ->
 
 def check_shapes(
     name: str,
-    shapes: Mapping[str, tuple[int, int]],
-    module_shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
+    module_shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Make sure that an adapter is for a model with these layers.
 
     Args:
         name: The adapter, for errors.
-        shapes: Shape ``(out, in)`` of each of its changes by layer.
-        module_shapes: Weight shape ``(out, in)`` of every layer of the model.
+        shapes: Weight shape of each of its changes by layer.
+        module_shapes: Weight shape of every layer of the model.
 
     Raises:
         LoRAFormatError: A layer is missing in the model or has another shape.

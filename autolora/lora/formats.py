@@ -1,33 +1,31 @@
-"""The file formats of FLUX.1 LoRAs, as tables.
+"""The file formats of LoRAs: prefix x module names x suffix.
 
 A key is a prefix, a module path and a suffix: ``transformer.`` + ``transformer_blocks.3.attn.to_q``
-+ ``.lora_A.weight``. A `Naming` translates module paths of one code base to canonical layers; a
-`Format` is a naming with the prefixes and spelling that a program writes; a suffix says what the
-tensor is, and is read alike in every format. A new format is one entry in `FORMATS`, with a new
-naming only where module paths are new.
++ ``.lora_A.weight``. Prefixes are in `autolora.families.prefixes`, module paths in each family's
+layer table, and suffixes here; every combination of the three is read. A `Format` only names the
+combination that a program writes, for reports and for `save_lora`.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
-from autolora.families.flux1.dialects import (
-    BFL,
-    CLIP,
-    DIFFSYNTH,
-    DIFFUSERS,
-    ONETRAINER_BFL,
-    T5,
-    XLABS,
-    Naming,
-    Target,
-)
-from autolora.families.flux1.tables import parse_layer
+from autolora.families.detect import Detection, Shape, detect, text_layer
+from autolora.families.layers import CANONICAL, LayerTable, Module, Share, Spelling
+from autolora.families.prefixes import FLAT, inner_paths
+from autolora.safetensors_io import TensorInfo
 
 AlphaPlace = Literal["tensor", "optional tensor", "header", "nowhere"]
+
+DENOISER = "denoiser"
+"""The part of a base model that adapters mainly change; other parts are text encoders."""
+
+Part = str
+"""`DENOISER`, or the name of a text encoder such as ``clip`` or ``t5``."""
 
 
 @dataclass(frozen=True)
@@ -36,134 +34,102 @@ class KeyMatch:
 
     Attributes:
         key: The key in the file.
-        format: Format that knows the key.
-        target: Canonical layer and slices.
-        role: What the tensor is: ``A``, ``B``, ``alpha``, ``bias`` (of B), ``magnitude``,
+        format: Name of the format.
+        module: The layers that its module stands for.
+        role: What the tensor is: ``A``, ``B``, ``mid``, ``alpha``, ``bias`` (of B), ``magnitude``,
             ``diff``, ``diff_b``, or LyCORIS' name of a factor, such as ``lokr_w2_a``.
-        prefix: The format's prefix that the key has.
+        prefix: What stands before the module path.
         path: Module path between prefix and suffix.
         adapter: PEFT adapter name in the key, if any.
+        part: The part of the base model that the layers are in.
     """
 
     key: str
-    format: "Format"
-    target: Target
+    format: str
+    module: Module
     role: str
     prefix: str
     path: str
     adapter: str | None
+    part: Part = DENOISER
+
+    @property
+    def reads_peft(self) -> bool:
+        """Whether a PEFT configuration in the header, or beside the file, may hold its alpha."""
+        return not self.prefix.startswith(FLAT) and "." in self.path + self.prefix
 
 
 @dataclass(frozen=True)
 class Format:
-    """One file format.
+    """One file format, as programs write it.
 
     Attributes:
         name: Short name, as reports show it and `save_lora` takes it.
-        naming: Table of module paths.
-        prefixes: What may stand before the module path.
+        dialect: Whose module paths; ``native`` is the one that trainers use for a family.
+        prefix: What stands before the module path.
         joint: What joins the parts of a module path.
         factor_names: Spelling of A and B that the writing programs use.
         alpha: Where the writing programs put alpha.
     """
 
     name: str
-    naming: Naming
-    prefixes: tuple[str, ...]
+    dialect: str
+    prefix: str
     joint: str = "."
     factor_names: tuple[str, str] = ("lora_A", "lora_B")
     alpha: AlphaPlace = "nowhere"
 
-    @cached_property
-    def _targets(self) -> Naming:
-        return {path.replace(".", self.joint): target for path, target in self.naming.items()}
+    def dialect_of(self, table: LayerTable) -> str | None:
+        """The dialect of a family's layer table; None where the family has no such names."""
+        wanted = table.native if self.dialect == "native" else self.dialect
+        if wanted == "diffusers" and wanted not in table.dialects:
+            return CANONICAL
+        return wanted if wanted in table.dialects else None
 
-    @property
-    def reads_peft(self) -> bool:
-        """Whether a PEFT configuration in the header, or beside the file, may hold its alpha."""
-        return self.joint == "."
-
-    def locate(self, template: str) -> tuple[str, str, Target] | None:
-        """Find the kind of layer that a key's module path names.
-
-        Args:
-            template: The key without its suffix, with ``{i}`` for the block number.
-
-        Returns:
-            Prefix, template without it, and target of the table; None when this format does not
-            know the path.
-        """
-        for prefix in self.prefixes:
-            if template.startswith(prefix):
-                inner = template[len(prefix) :]
-                if (target := self._targets.get(inner)) is not None:
-                    return prefix, inner, target
-        return None
-
-    def module_paths(self, layer: str) -> list[tuple[str, tuple[str, ...]]]:
-        """Spell a canonical layer in this format, with the first of its prefixes.
+    def module_paths(
+        self, table: LayerTable, layer: str
+    ) -> list[tuple[str, Spelling, tuple[Share, ...]]]:
+        """Spell a canonical layer in this format.
 
         Args:
+            table: The family's layers.
             layer: Canonical layer name.
 
         Returns:
-            Module path and slices of each part that the format divides the layer into; empty when
-            it has no name for the layer.
+            Module path, this layer's place in it, and all layers that it holds, for each part
+            that the format divides the layer into; empty when it has no name for the layer.
         """
-        parsed = parse_layer(layer)
-        if parsed is None:
+        dialect = self.dialect_of(table)
+        if dialect is None:
             return []
+        prefix = self.prefix
+        if prefix == "transformer." and table.unet:
+            prefix = "unet."
         return [
-            (self.prefixes[0] + path.replace("{i}", str(parsed.block)), target.slices)
-            for path, target in self._targets.items()
-            if target.layer == parsed.type.template
+            (prefix + path.replace(".", self.joint), spelling, shares)
+            for path, spelling, shares in table.spell(layer, dialect)
         ]
 
 
 _KOHYA_NAMES = ("lora_down", "lora_up")
 
 FORMATS: tuple[Format, ...] = (
-    Format("kohya", BFL, ("lora_unet_",), "_", _KOHYA_NAMES, "tensor"),
-    Format(
-        "diffusers",
-        DIFFUSERS,
-        ("transformer.", "base_model.model.transformer.", "diffusion_model.", ""),
-        alpha="header",
-    ),
-    Format("peft", DIFFUSERS, ("base_model.model.",)),
-    Format(
-        "ai-toolkit",
-        BFL,
-        ("diffusion_model.", "model.diffusion_model."),
-        alpha="optional tensor",
-    ),
-    Format("fal", BFL, ("base_model.model.",)),
-    Format("xlabs", XLABS, ("", "diffusion_model."), factor_names=("down", "up")),
-    Format("onetrainer", DIFFUSERS, ("lora_transformer_",), "_", _KOHYA_NAMES, "tensor"),
-    Format("onetrainer-bfl", ONETRAINER_BFL, ("transformer.",), ".", _KOHYA_NAMES, alpha="tensor"),
-    Format("lycoris", DIFFUSERS, ("lycoris_", "lora_unet_"), "_", _KOHYA_NAMES, "tensor"),
-    Format("lycoris-bfl", BFL, ("lycoris_",), "_", _KOHYA_NAMES, "tensor"),
-    Format("bfl", BFL, ("", "transformer."), alpha="optional tensor"),
-    Format("diffsynth", DIFFSYNTH, ("", "dit.", "pipe.dit.")),
+    Format("kohya", "native", "lora_unet_", "_", _KOHYA_NAMES, "tensor"),
+    Format("diffusers", "diffusers", "transformer.", alpha="header"),
+    Format("peft", "diffusers", "base_model.model."),
+    Format("ai-toolkit", "native", "diffusion_model.", alpha="optional tensor"),
+    Format("fal", "native", "base_model.model."),
+    Format("xlabs", "xlabs", "", factor_names=("down", "up")),
+    Format("onetrainer", "diffusers", "lora_transformer_", "_", _KOHYA_NAMES, "tensor"),
+    Format("onetrainer-bfl", "onetrainer", "transformer.", ".", _KOHYA_NAMES, "tensor"),
+    Format("lycoris", "diffusers", "lycoris_", "_", _KOHYA_NAMES, "tensor"),
+    Format("lycoris-bfl", "native", "lycoris_", "_", _KOHYA_NAMES, "tensor"),
+    Format("bfl", "native", "", alpha="optional tensor"),
+    Format("diffsynth", CANONICAL, ""),
 )
-"""Every format of transformer layers that is read, in the order in which a key is tried."""
+"""Every format that can be written."""
 
-_TE = ("lora_te1_", "lora_te2_", "lora_te3_", "lora_te_", "lycoris_te1_", "lycoris_te2_")
-_TEXT_ENCODER = ("text_encoder.", "base_model.model.text_encoder.")
-_TEXT_ENCODER_2 = ("text_encoder_2.", "base_model.model.text_encoder_2.")
-
-TEXT_ENCODERS: tuple[Format, ...] = (
-    Format("kohya CLIP", CLIP, _TE, "_"),
-    Format("kohya T5", T5, _TE, "_"),
-    Format("CLIP", CLIP, (*_TEXT_ENCODER, "text_encoders.clip_l.transformer.", "clip_l.")),
-    Format("T5", T5, (*_TEXT_ENCODER_2, "text_encoders.t5xxl.transformer.", "t5xxl.")),
-)
-"""Text-encoder layers. kohya numbers T5 as 3 and OneTrainer as 2: the layer's name decides."""
-
-# Where a path has its block number; the lookbehinds are the words that stand before one.
-_BLOCK_INDEX = re.compile(
-    r"(?:(?<=blocks[._])|(?<=layers[._])|(?<=block[._]))(?:0|[1-9]\d{0,5})(?=[._])", re.ASCII
-)
+_TEXT_FORMATS: Mapping[str, str] = {"clip": "CLIP", "clip_g": "CLIP-G", "t5": "T5"}
 
 _MAX_PATH = 256  # longest module path that is looked up, and remembered
 
@@ -171,8 +137,9 @@ _ADAPTER = r"(?:\.(?P<adapter>[^.]+))?"
 _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
     (re.compile(rf"(?P<path>.+){suffix}", re.DOTALL), role)
     for suffix, role in (
-        (rf"\.lora[_.](?P<role>A|B|down|up){_ADAPTER}\.weight", None),
+        (rf"\.lora[_.](?P<role>A|B|down|up|mid){_ADAPTER}\.weight", None),
         (r"\.alpha", "alpha"),
+        (r"\.lora_linear_layer\.(?P<role>down|up)\.weight", None),
         (r"\.(?P<role>down|up)\.weight", None),
         (rf"\.lora[_.](?:B|up){_ADAPTER}\.bias", "bias"),
         (r"\.(?P<role>lokr_(?:w[12](?:_[ab])?|t[12])|hada_(?:w[12]_[ab]|t[12]))", None),
@@ -187,77 +154,100 @@ _SUFFIXES: tuple[tuple[re.Pattern[str], str | None], ...] = tuple(
     )
 )
 _ROLES: Mapping[str, str] = {"down": "A", "up": "B"}
+_PROCESSOR = re.compile(r"\.processor\.(?:(to_[qkv])|(to_out))_lora$")
 
 
-def match_keys(keys: Iterable[str]) -> dict[str, KeyMatch]:
-    """Find what the keys of a file are.
-
-    Some module paths belong to several formats; they are read in the one that knows most of the
-    file's keys.
-
-    Args:
-        keys: All keys of a file.
-
-    Returns:
-        Layer and role by key; keys that no format knows are left out.
-    """
-    located: dict[str, list[tuple[Format, str, str, Target]]] = {}
-    candidates: dict[str, list[KeyMatch]] = {}
-    for key in keys:
-        if (split := _split(key)) is not None:
-            path, role, adapter = split
-            if path not in located:
-                located[path] = _locate(path)
-            candidates[key] = [
-                KeyMatch(key, entry, target, role, prefix, inner, adapter)
-                for entry, prefix, inner, target in located[path]
-                if role == "diff" or not target.is_norm
-            ]
-    known = Counter(match.format.name for matches in candidates.values() for match in matches)
-    return {
-        key: max(matches, key=lambda match: known[match.format.name])
-        for key, matches in candidates.items()
-        if matches
-    }
-
-
-def _split(key: str) -> tuple[str, str, str | None] | None:
+def split_key(key: str) -> tuple[str, str, str | None] | None:
     """Module path, role and adapter name of a key; None when its suffix is no known one."""
     for pattern, role in _SUFFIXES:
         if found := pattern.fullmatch(key):
             groups = found.groupdict()
             spelled = role or str(groups["role"])
-            return found["path"], _ROLES.get(spelled, spelled), groups.get("adapter")
+            return _plain(found["path"]), _ROLES.get(spelled, spelled), groups.get("adapter")
     return None
 
 
-def _locate(path: str) -> list[tuple[Format, str, str, Target]]:
-    """What a module path is in each format that knows it, in the order of the tables."""
-    if "{i}" in path or len(path) > _MAX_PATH:
-        return []
-    found = _BLOCK_INDEX.search(path)
+def _plain(path: str) -> str:
+    """A module path without the attention processor that old versions of diffusers put in."""
+    found = _PROCESSOR.search(path)
     if found is None:
-        return list(_locate_template(path))
-    start, end, index = found.start(), found.end(), found.group()
-    return [
-        (entry, prefix, inner.replace("{i}", index), _in_block(target, index))
-        for entry, prefix, inner, target in _locate_template(f"{path[:start]}{{i}}{path[end:]}")
-    ]
+        return path
+    return f"{path[: found.start()]}.{found[1] or 'to_out.0'}"
 
 
-@lru_cache(maxsize=4096)
-def _locate_template(template: str) -> tuple[tuple[Format, str, str, Target], ...]:
-    """The same of a path with ``{i}``: a file has hundreds of paths, and few but for the number."""
-    return tuple(
-        (entry, *found)
-        for entry in (*FORMATS, *TEXT_ENCODERS)
-        if (found := entry.locate(template)) is not None
+def match_keys(keys: Iterable[str], table: LayerTable) -> dict[str, KeyMatch]:
+    """Find what the keys of a file are.
+
+    Some module paths belong to several dialects; they are read in the one that knows most of the
+    file's keys.
+
+    Args:
+        keys: All keys of a file.
+        table: The layers of the family that it is for.
+
+    Returns:
+        Layers and role by key; keys that are unknown are left out.
+    """
+    located: dict[str, list[tuple[str, str, str, Module, Part]]] = {}
+    candidates: dict[str, list[KeyMatch]] = {}
+    for key in keys:
+        split = split_key(key)
+        if split is None:
+            continue
+        path, role, adapter = split
+        if path not in located:
+            located[path] = list(_locate(path, table))
+        candidates[key] = [
+            KeyMatch(key, name, module, role, prefix, inner, adapter, part)
+            for name, prefix, inner, module, part in located[path]
+            if role == "diff" or not module.shares[0].row.is_norm
+        ]
+    votes = Counter(
+        dialect for found in candidates.values() for dialect in {m.module.dialect for m in found}
     )
+    return {
+        key: max(found, key=lambda match: votes[match.module.dialect])
+        for key, found in candidates.items()
+        if found
+    }
 
 
-@lru_cache(maxsize=4096)
-def _in_block(target: Target, index: str) -> Target:
-    return replace(target, layer=target.layer.replace("{i}", index))
+def _locate(path: str, table: LayerTable) -> Iterator[tuple[str, str, str, Module, Part]]:
+    """What a module path is in each dialect that knows it, with format, prefix and inner path."""
+    if len(path) > _MAX_PATH:
+        return
+    seen = set()
+    for prefix, inner in inner_paths(path):
+        for module in table.find(inner):
+            if module.dialect not in seen:
+                seen.add(module.dialect)
+                yield _format_name(table, module.dialect, prefix), prefix, inner, module, DENOISER
+    if not seen and (found := text_layer(table.text_encoders, path)) is not None:
+        encoder, prefix, inner, module = found
+        spelled = _TEXT_FORMATS.get(encoder.name, encoder.name)
+        name = f"kohya {spelled}" if prefix.endswith("_") else spelled
+        yield name, prefix, inner, module, encoder.name
+
+
+@lru_cache(maxsize=256)
+def _format_name(table: LayerTable, dialect: str, prefix: str) -> str:
+    """The name that people know a combination of dialect and prefix by."""
+    native = dialect == table.native
+    if dialect in ("xlabs", "onetrainer"):
+        return {"onetrainer": "onetrainer-bfl"}.get(dialect, dialect)
+    if prefix.startswith("lora_unet_"):
+        return "kohya" if native else "lycoris"
+    if prefix.startswith("lycoris_"):
+        return "lycoris-bfl" if dialect == "original" else "lycoris"
+    if prefix.startswith(FLAT):
+        return "onetrainer"
+    if dialect == CANONICAL and "diffusers" in table.dialects:
+        return "diffsynth"
+    if "diffusion_model." in prefix and native:
+        return "ai-toolkit"
+    if dialect == "original":
+        return "fal" if "base_model." in prefix else "bfl"
+    return "peft" if prefix == "base_model.model." else "diffusers"
 
 
 def format_named(name: str) -> Format | None:
@@ -270,3 +260,58 @@ def format_named(name: str) -> Format | None:
         The table entry, or None.
     """
     return next((entry for entry in FORMATS if entry.name == name), None)
+
+
+def detect_family(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Detection:
+    """Find the base-model family that a file is for, from its header alone.
+
+    Args:
+        tensors: Element type and shape by key.
+        metadata: The header's text entries.
+    """
+    return detect(module_shapes(tensors), metadata)
+
+
+def module_shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, Shape | None]:
+    """The size of every module's weight change, as far as the shapes of its tensors show it.
+
+    Args:
+        tensors: Element type and shape by key.
+
+    Returns:
+        Output rows, and input channels times the kernel's height and width, by the module's path
+        in the file; None where no weight is changed or its factors do not fit together.
+    """
+    roles: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, info in tensors.items():
+        split = split_key(key)
+        if split is not None:
+            path, role, _ = split
+            roles.setdefault(path, {})[role] = info.shape
+    return {path: _change_shape(found) for path, found in roles.items()}
+
+
+def _change_shape(roles: Mapping[str, tuple[int, ...]]) -> Shape | None:
+    def sides(shape: tuple[int, ...] | None) -> tuple[int, int]:
+        return (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+
+    def matrix(name: str) -> tuple[int, int]:
+        if name in roles:
+            return sides(roles[name])
+        a, b = sides(roles.get(f"{name}_a")), sides(roles.get(f"{name}_b"))
+        core = roles.get(name.replace("_w", "_t"))
+        return (a[0], b[1]) if core is None else (a[1], b[1] * math.prod(core[2:]))
+
+    if "A" in roles or "B" in roles:
+        kernel = math.prod(roles["mid"][2:]) if "mid" in roles else 1
+        shape = (sides(roles.get("B"))[0], sides(roles.get("A"))[1] * kernel)
+    elif any(role.startswith("lokr_") for role in roles):
+        one, two = matrix("lokr_w1"), matrix("lokr_w2")
+        shape = (one[0] * two[0], one[1] * two[1])
+    elif any(role.startswith("hada_") for role in roles):
+        shape = matrix("hada_w1")
+    elif len(roles.get("diff", ())) > 1:
+        shape = sides(roles["diff"])
+    else:
+        return None
+    return shape if all(shape) else None

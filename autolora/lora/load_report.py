@@ -7,15 +7,11 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from autolora.families.flux1.refusals import FLUX_BLOCKS, FLUX_WIDTH
-from autolora.families.flux1.tables import LAYER_TYPES, parse_layer
+from autolora.families.detect import layer_table
+from autolora.lora.formats import DENOISER, Part
 
 if TYPE_CHECKING:
-    from autolora.families.flux1.dialects import Part
     from autolora.lora.deltas import Contents, LayerDelta
-
-TEXT_ENCODER_MODULES: Mapping[str, str] = {"clip": "text_encoder_1", "t5": "text_encoder_2"}
-"""Where DiffSynth's FLUX pipeline keeps each text encoder."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +20,13 @@ class LoadReport:
 
     Attributes:
         format: Name of the file format, or ``factors`` for an adapter made in memory.
-        matched: Canonical layer that each used key went to, by key. Text-encoder layers begin with
-            the encoder's name in DiffSynth's pipeline.
+        matched: Canonical layer that each used key went to, by key; several layers of one key are
+            joined by ``+``. Text-encoder layers begin with the encoder's name in DiffSynth's
+            pipeline.
         dropped: Why a key was not used, by key.
-        layers: How many layers of the transformer the adapter changes the weight of.
-        total: How many linear layers the transformer has: those of FLUX.1's 19 double and 38
-            single blocks, or for layers of another width, of as many blocks as the file numbers.
+        layers: How many layers of the denoiser the adapter changes the weight of.
+        total: How many linear layers and convolutions the denoiser has: those of the published
+            model, or for layers of another width, of as many blocks as the file numbers.
         ranks: Smallest and largest rank of the pieces; zeros when none has a rank.
         scales: Smallest and largest ``alpha / rank`` of the pieces.
         dtypes: Element types of the tensors that weight changes are stored as, such as
@@ -37,9 +34,10 @@ class LoadReport:
         algorithms: How many layers each algorithm changes (LoRA, LoKr, LoHa, DoRA, full).
         biases: How many layers have their bias changed.
         norms: How many normalization weights are changed.
-        text_encoders: How many layers of each text encoder (``clip``, ``t5``) are changed.
+        text_encoders: How many layers of each text encoder (such as ``clip``) are changed.
         errors: Relative Frobenius error of each layer that `LoRA.low_rank` had to approximate.
         norm_of: Computes the norm.
+        family: Name of the base-model family; empty where there is no file.
     """
 
     format: str
@@ -56,6 +54,7 @@ class LoadReport:
     text_encoders: Mapping[str, int] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     norm_of: Callable[[], float | None] | None = field(default=None, repr=False, compare=False)
+    family: str = ""
 
     @property
     def dropped_reasons(self) -> dict[str, int]:
@@ -64,7 +63,7 @@ class LoadReport:
 
     @cached_property
     def norm(self) -> float | None:
-        """Frobenius norm of the whole change of the transformer's weights at strength 1.
+        """Frobenius norm of the whole change of the denoiser's weights at strength 1.
 
         Computed when first asked for; None where it depends on the base weights (DoRA).
         """
@@ -78,6 +77,7 @@ class LoadReport:
         """
         return {
             "format": self.format,
+            "family": self.family,
             "layers": self.layers,
             "total": self.total,
             "ranks": list(self.ranks),
@@ -101,7 +101,8 @@ def make_report(
     format: str,
     parts: "Mapping[Part, Contents]",
     dropped: Mapping[str, str],
-    of: "Part" = "dit",
+    family: str,
+    of: Part = DENOISER,
 ) -> LoadReport:
     """Sum up what was read.
 
@@ -109,14 +110,16 @@ def make_report(
         format: Name of the file format.
         parts: What was read, by model.
         dropped: Why a key was not used, by key.
+        family: Name of the base-model family.
         of: The model whose layers are counted.
 
     Returns:
         The report.
     """
-    contents = parts[of]
+    contents, table = parts[of], layer_table(family)
+    encoders = {encoder.name: encoder.module for encoder in table.text_encoders}
     matched = {
-        key: layer if part == "dit" else f"{TEXT_ENCODER_MODULES[part]}.{layer}"
+        key: layer if part == DENOISER else f"{encoders[part]}.{layer}"
         for part, found in parts.items()
         for key, layer in found.matched.items()
     }
@@ -124,10 +127,15 @@ def make_report(
         format=format,
         matched=dict(sorted(matched.items())),
         dropped=dict(sorted(dropped.items())),
-        total=count_layers(contents.layers) if of == "dit" else len(contents.layers),
+        family=family,
+        total=table.count(
+            {name: (d.out_features, d.in_features) for name, d in contents.layers.items()}
+        )
+        if of == DENOISER
+        else len(contents.layers),
         biases=len(contents.biases),
         norms=len(contents.norms),
-        text_encoders={part: len(parts[part].layers) for part in parts if part != "dit"},
+        text_encoders={part: len(parts[part].layers) for part in parts if part != DENOISER},
         **layer_facts(contents.layers),
     )
 
@@ -174,26 +182,3 @@ def norm_of_layers(layers: "Mapping[str, LayerDelta]") -> float | None:
             return None
         total += square
     return float(total**0.5)
-
-
-def count_layers(layers: "Mapping[str, LayerDelta]") -> int:
-    """Linear layers of the transformer that an adapter is for.
-
-    Args:
-        layers: Weight changes by canonical layer name.
-
-    Returns:
-        314 for FLUX.1 (with its guidance embedder), whose width is 3072 and which is assumed where
-        the width does not show; for another width, those of as many blocks as are numbered.
-    """
-    blocks = dict(FLUX_BLOCKS)
-    parsed = [name for name in map(parse_layer, layers) if name is not None]
-    widths = {
-        layers[name.name].in_features // name.type.in_ratio for name in parsed if name.type.in_ratio
-    }
-    if widths and widths != {FLUX_WIDTH}:
-        blocks = {
-            kind: 1 + max((name.block or 0 for name in parsed if name.kind == kind), default=-1)
-            for kind in FLUX_BLOCKS
-        }
-    return sum(blocks.get(row.kind, 1) for row in LAYER_TYPES.values())

@@ -12,13 +12,13 @@ from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from autolora.errors import LoRAFormatError, shown
-from autolora.families.flux1.dialects import Part
 from autolora.lora.deltas import EXACT, LayerDelta, check_base, check_shapes, layer_from_pair
+from autolora.lora.formats import DENOISER, Part
 from autolora.lora.load_report import LoadReport, layer_facts
 from autolora.lora.low_rank import low_rank_delta
 from autolora.lora.metadata import Metadata
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class LoRA:
-    """An adapter for a FLUX.1 transformer, read from a file or made from factors.
+    """An adapter for a base model's denoiser, read from a file or made from factors.
 
     Tensors stay in the dtype of their file until a layer is asked for. A layer is low-rank, LoKr,
     LoHa or a full difference, or one of these with DoRA magnitudes: `delta` is exact for all,
@@ -64,7 +64,7 @@ class LoRA:
             metadata: Known metadata; read from `path` on first use when None.
             biases: Changes of biases ``[out]`` by layer name.
             norms: Changes of normalization weights by module path.
-            text_encoders: Adapters of text encoders, by ``clip`` and ``t5``.
+            text_encoders: Adapters of text encoders by name, such as ``clip``.
         """
         self.name = name
         self.path = path
@@ -76,23 +76,31 @@ class LoRA:
         self._text_encoders: dict[Part, LoRA] = dict(text_encoders or {})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, text_encoder_only: bool = False) -> LoRA:
-        """Read a LoRA file of any known FLUX.1 format.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        family: str | None = None,
+        *,
+        text_encoder_only: bool = False,
+    ) -> LoRA:
+        """Read a LoRA file of any known format.
 
         Args:
             path: A ``.safetensors`` file.
-            text_encoder_only: Also accept a file that changes no layer of the transformer; it
+            family: The base-model family that it is for, such as ``flux1``; None finds it from
+                the file's names and shapes.
+            text_encoder_only: Also accept a file that changes no layer of the denoiser; it
                 gives an adapter without layers, whose parts `text_encoder` returns.
 
         Returns:
             The adapter, with every key matched or dropped with a reason in `report`.
 
         Raises:
-            LoRAFormatError: The file is damaged, is for another base model, or holds nothing that
-                can be used.
+            FamilyError: The file is for another base model, or may be for several.
+            LoRAFormatError: The file is damaged, or holds nothing that can be used.
         """
         file = Path(path)
-        loaded = load_file(file, text_encoder_only)
+        loaded = load_file(file, text_encoder_only, family)
         parts: dict[Part, LoRA] = {
             part: cls(
                 file.stem,
@@ -104,7 +112,7 @@ class LoRA:
             )
             for part, contents in loaded.parts.items()
         }
-        lora = parts.pop("dit")
+        lora = parts.pop(DENOISER)
         lora._text_encoders = parts
         return lora
 
@@ -177,11 +185,12 @@ class LoRA:
 
         Args:
             layer: Canonical layer name.
-            base: The layer's weight ``[out, in]`` of any float dtype; only needed, and only looked
-                at, for the layers in `needs_base`.
+            base: The layer's weight in its own shape, of any float dtype; only needed, and only
+                looked at, for the layers in `needs_base`.
 
         Returns:
-            Float32 ``[out, in]``, computed in float64 and rounded once.
+            Float32 ``[out, in]``, or ``[out, in, height, width]`` for a convolution; computed in
+            float64 and rounded once.
 
         Raises:
             LoRAFormatError: The adapter does not change this layer, or its change depends on a
@@ -190,7 +199,7 @@ class LoRA:
         found = self._layer(layer)
         if found.needs_base:
             check_base(self.name, layer, found, base)
-        return found.dense(base)
+        return found.dense(base).reshape(found.shape)
 
     def layer_delta(self, layer: str) -> LayerDelta:
         """The change of a layer as the file holds it; raises `LoRAFormatError` as `delta` does."""
@@ -220,12 +229,17 @@ class LoRA:
         """
         return dict(self._norms)
 
-    def text_encoder(self, which: Literal["clip", "t5"]) -> LoRA | None:
+    @property
+    def family(self) -> str:
+        """Name of the base-model family that it is for; empty for one made in memory."""
+        return self.report.family
+
+    def text_encoder(self, which: Part) -> LoRA | None:
         """The part of the adapter that is for a text encoder.
 
         Args:
-            which: ``clip`` (``text_encoder_1`` in DiffSynth's pipeline) or ``t5``
-                (``text_encoder_2``).
+            which: Its name in the family: ``clip`` and ``t5`` for FLUX.1 (``text_encoder_1`` and
+                ``text_encoder_2`` in DiffSynth's pipeline), ``clip`` and ``clip_g`` for SDXL.
 
         Returns:
             An adapter whose layers are the encoder's module paths, such as
@@ -285,7 +299,8 @@ class LoRA:
 
         Returns:
             ``A [R, in]`` and ``B [out, R]`` in float32 with the scale folded into B; rows of B
-            that a piece does not cover are zero.
+            that a piece does not cover are zero. For a convolution A is
+            ``[R, in * height * width]``.
 
         Raises:
             LoRAFormatError: The adapter does not change this layer, or not by low-rank factors.
@@ -309,14 +324,14 @@ class LoRA:
         delta = self._layer(layer).without_magnitudes()
         return (delta if delta.is_low_rank else low_rank_delta(delta, rank, None)).factors()
 
-    def shape(self, layer: str) -> tuple[int, int]:
-        """Shape ``(out, in)`` of the weight that a layer's delta is added to.
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """Shape of the weight that a layer's delta is added to.
 
         Args:
             layer: Canonical layer name.
 
         Returns:
-            Output and input channels.
+            ``(out, in)``, or ``(out, in, height, width)`` for a convolution.
 
         Raises:
             LoRAFormatError: The adapter does not change this layer.
@@ -366,19 +381,19 @@ class LoRA:
         text_encoders = sum(part.nbytes for part in self._text_encoders.values())
         return text_encoders + sum(tensor.nbytes for tensor in tensors)
 
-    def check_fits(self, module_shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check_fits(self, module_shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Make sure that the adapter is for a model with these layers.
 
         Args:
-            module_shapes: Weight shape ``(out, in)`` of every layer of the model, by name.
+            module_shapes: Weight shape of every layer of the model, by name.
 
         Raises:
             LoRAFormatError: A layer is missing in the model or has another shape.
         """
         shapes = {layer: delta.shape for layer, delta in self._layers.items()}
         for layer, bias in self._biases.items():
-            _, in_features = module_shapes.get(layer, (0, 0))
-            shapes.setdefault(layer, (int(bias.shape[0]), in_features))
+            _, *inner = module_shapes.get(layer, (0, 0))
+            shapes.setdefault(layer, (int(bias.shape[0]), *inner))
         check_shapes(self.name, shapes, module_shapes)
 
     def _low_rank_layer(self, layer: str) -> LayerDelta:
@@ -466,8 +481,8 @@ class PreparedLoRA:
         """Return ``A [r, in]`` and ``B [out, r]`` of one layer, float32, scale folded in."""
         return self._factors[layer]
 
-    def shape(self, layer: str) -> tuple[int, int]:
-        """Return ``(out, in)``, the shape of the weight that the layer's delta is made for."""
+    def shape(self, layer: str) -> tuple[int, ...]:
+        """Return the shape of the weight that the layer's delta is made for."""
         return self._shapes[layer]
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ algorithm 4.4) with an error that is measured, not estimated.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ def low_rank_delta(delta: LayerDelta, rank: int, base: Tensor | None) -> LayerDe
         pieces.append(Piece(change, piece.rows))
         lost, total = lost + missing, total + energy
     error = math.sqrt(lost / total) if total > 0 else 0.0
-    return LayerDelta(delta.out_features, delta.in_features, tuple(pieces), error)
+    return replace(delta, pieces=tuple(pieces), error=error)
 
 
 def _approximate(

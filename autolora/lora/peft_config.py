@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from autolora.errors import LoRAFormatError, shown
-from autolora.families.flux1.dialects import Part
 from autolora.lora.fields import finite_number
+from autolora.lora.formats import DENOISER, Part
 from autolora.safetensors_io import LARGEST_VALUE
 
 _HEADER_KEY = "lora_adapter_metadata"
-COMPONENTS: Mapping[Part, str] = {
-    "dit": "transformer.",
-    "clip": "text_encoder.",
-    "t5": "text_encoder_2.",
+_COMPONENTS: Mapping[Part, tuple[str, ...]] = {
+    DENOISER: ("transformer.", "unet."),
+    "clip": ("text_encoder.",),
+    "clip_g": ("text_encoder_2.",),
+    "t5": ("text_encoder_2.",),
 }
 """What diffusers puts before the names of each model's entries."""
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+"""Initializations that change the base weights before training (PEFT's ``init_lora_weights``)."""
 _SIDECAR = "adapter_config.json"
 
 
@@ -83,7 +86,7 @@ def _of_module(patterns: Mapping[str, float], module: str, other: float | None) 
     )
 
 
-def read_peft_config(path: Path, metadata: Mapping[str, str], part: Part = "dit") -> PeftConfig:
+def read_peft_config(path: Path, metadata: Mapping[str, str], part: Part = DENOISER) -> PeftConfig:
     """Read the configuration that belongs to a file.
 
     Args:
@@ -117,14 +120,15 @@ def read_peft_config(path: Path, metadata: Mapping[str, str], part: Part = "dit"
         raise _unreadable(path, source, "is not JSON") from error
     if not isinstance(entries, dict):
         raise _unreadable(path, source, "is not a JSON object")
-    return _from_entries(path, source, entries, COMPONENTS[part])
+    return _from_entries(path, source, entries, _COMPONENTS.get(part, ()))
 
 
 def _from_entries(
-    path: Path, source: str, entries: Mapping[str, Any], component: str
+    path: Path, source: str, entries: Mapping[str, Any], components: tuple[str, ...]
 ) -> PeftConfig:
     def entry(name: str) -> Any:
-        return entries.get(component + name, entries.get(name))
+        found = (entries[key] for c in (*components, "") if (key := c + name) in entries)
+        return next(found, None)
 
     def number(name: str, value: object) -> float:
         found = None if isinstance(value, str) else finite_number(value)
@@ -142,6 +146,14 @@ def _from_entries(
                 raise _unreadable(path, source, problem)
         return {str(name): number(of, value) for name, value in found.items()}
 
+    start = entry("init_lora_weights")
+    if isinstance(start, str) and _CHANGES_BASE.match(start):
+        raise LoRAFormatError(
+            f"{shown(path)}: {source} says that the adapter was initialized with {shown(start)}, "
+            "which changed the base weights that it was trained on; save it again with "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it "
+            "a plain LoRA."
+        )
     # PEFT's LoKr and LoHa call it plain alpha.
     alpha = entry("alpha") if entry("lora_alpha") is None else entry("lora_alpha")
     is_lokr = entry("peft_type") == "LOKR" and entry("r") is not None

@@ -165,6 +165,12 @@ LAYERS = LayerTable(
     native="original",
     text_encoders=CLIP_AND_T5,
     adjustable=frozenset({"patch"}),
+    refused={
+        ("patch", 128): (
+            "an adapter for FLUX.1 Control (Canny or Depth), not for FLUX.1 itself",
+            "it needs a Control pipeline, whose input layer is wider; use a plain LoRA instead",
+        )
+    },
 )
 """FLUX.1 dev, schnell, Krea, Kontext and every model made from them: all of one size."""
 

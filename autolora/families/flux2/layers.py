@@ -77,7 +77,8 @@ def _norms() -> Iterator[LayerRow]:
 def _variant(name: str, width: int, text: int, double: int, single: int) -> Variant:
     widths = {"d": width, "text": text, "patch": 128, "patch_out": 128, "time": 256, "head": 128}
     blocks = {"transformer_blocks": double, "single_transformer_blocks": single}
-    return Variant(name, widths, blocks)
+    without = () if name == "dev" else ("time_guidance_embed.guidance_embedder",)
+    return Variant(name, widths, blocks, without)
 
 
 LAYERS = LayerTable(

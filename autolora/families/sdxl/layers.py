@@ -42,6 +42,7 @@ LAYERS = LayerTable(
     native="original",
     text_encoders=CLIP_L_AND_G,
     adjustable=frozenset({"latent"}),
+    unet=True,
 )
 """SDXL and every model made from it: Pony, Illustrious, NoobAI, Animagine."""
 
