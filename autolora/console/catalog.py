@@ -308,15 +308,15 @@ def _strength(metadata: Metadata) -> float:
 
 def _format(path: Path) -> tuple[str, str]:
     """Name the file format by the header alone, or say why the file cannot be used."""
-    from autolora.lora.formats import match_keys
+    from autolora.lora.formats import describe
     from autolora.safetensors_io import read_header
 
     try:
-        keys = list(read_header(path).tensors)
+        header = read_header(path)
     except LoRAFormatError as error:
         return "", str(error)
-    names = Counter(match.format.name for match in match_keys(keys).values())
-    return (names.most_common(1)[0][0], "") if names else ("", "")
+    found = describe(path, header.tensors, header.metadata)
+    return found.format, found.problem
 
 
 SIZES = (96, 256, 768)

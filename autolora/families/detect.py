@@ -10,6 +10,7 @@ are small; the first family whose ratios they have is taken then.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ from autolora.families.prefixes import inner_paths
 from autolora.families.telling import Telling
 
 Shape = tuple[int, int]
-"""Output rows, and input channels times the kernel's height and width."""
+"""Output rows, and input channels times the kernel's height and width; 0 where unknown."""
 
 LARGEST_REDUCED = 1024
 """Most channels of a model that was made small on purpose."""
@@ -164,6 +165,9 @@ def _decide(
 ) -> Detection:
     """Choose among the candidates that know most of a file's names."""
     fits = {n: _fit(_candidates()[n].table, known[n].values()) for n in top}
+    # Only families are read at sizes of no published model.
+    families = {n for n in top if _candidates()[n].name is not None or n in named}
+    fits = {n: 0 if f == 1 and n not in families else f for n, f in fits.items()}
     best = max(fits.values())
     if best == 0:
         # Nobody has such layers: the reader of the likeliest family says what is wrong with them.
@@ -173,15 +177,23 @@ def _decide(
     left = [n for n in left if _text_layers(n, paths) == max(_text_layers(m, paths) for m in left)]
     left = [n for n in left if n in named] or [n for n in left if not _candidates()[n].header_only]
     if best == 1:
-        left = [n for n in left if _candidates()[n].name is not None][:1] or left
-    return _detection(left)
+        left = left[:1]
+    return _detection([n for i, n in enumerate(left) if not _has_rows_of(n, left[:i])])
+
+
+def _has_rows_of(candidate: int, others: Iterable[int]) -> bool:
+    """Whether a candidate has the very layers of one before it."""
+    return any(_candidates()[candidate].table.rows is _candidates()[n].table.rows for n in others)
 
 
 def _detection(left: Sequence[int]) -> Detection:
     found = [_candidates()[n] for n in left]
     titles = tuple(dict.fromkeys(c.telling.title for c in found))
+    families = tuple(c.name for c in found if c.name is not None)
+    if len(titles) > 1 and not families:
+        return Detection(None, " or ".join(titles))
     if len(titles) > 1:
-        return Detection(None, "", titles, tuple(c.name for c in found if c.name is not None))
+        return Detection(None, "", titles, families)
     return Detection(found[0].name, titles[0]) if found else Detection()
 
 
@@ -273,13 +285,10 @@ def _is_of(
 def _equations(module: Module, shape: Shape) -> list[tuple[Size, int, int]]:
     """Symbolic sizes of a module, the factor of the kernel, and the numbers they must be."""
     terms = [term for share in module.shares for term in share.row.out(share.slices).terms]
-    equations = [(Size(tuple(terms)), 1, shape[0])]
+    equations = [(Size(tuple(terms)), 1, shape[0])] if shape[0] else []
     row = module.shares[0].row
-    if row.inputs is not None:
-        kernel = 1
-        for side in row.kernel:
-            kernel *= side
-        equations.append((row.inputs, kernel, shape[1]))
+    if row.inputs is not None and shape[1]:
+        equations.append((row.inputs, math.prod(row.kernel), shape[1]))
     return equations
 
 
@@ -349,6 +358,9 @@ def misfit(table: LayerTable, modules: Sequence[tuple[Module, Shape]], lenient: 
 
 def refused_width(table: LayerTable, module: Module, shape: Shape) -> tuple[str, str] | None:
     """What a file is, and what to do instead, where a module has a width that is refused."""
+    known = [_Known(module, shape)]
+    if not any(_is_of(v.widths, v.blocks, known, table.adjustable) for v in table.variants):
+        return None
     for size, kernel, value in _equations(module, shape):
         for (symbol, width), refusal in table.refused.items():
             if size.terms == ((symbol, 1),) and value == width * kernel:
@@ -376,14 +388,15 @@ def _other_in(header: Iterable[str]) -> str:
 
 
 def _telling_name(modules: Iterable[str], known: set[str]) -> str:
-    """Title of a model that an unknown module path belongs to; empty where there is none."""
-    from autolora.families.others import NAMES
+    """Title of a model that a module path belongs to by its name; empty where there is none."""
+    from autolora.families.others import DOTTED_NAMES, NAMES
 
     for path in modules:
-        if path in known:
-            continue
         for _, inner in inner_paths(path):
-            for pattern, name in NAMES:
-                if pattern.search(inner.replace(".", "_")) or pattern.search(inner):
+            for pattern, name in DOTTED_NAMES:
+                if pattern.search(inner):
+                    return name
+            for pattern, name in NAMES if path not in known else ():
+                if pattern.search(inner.replace(".", "_")):
                     return name
     return ""

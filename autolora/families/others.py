@@ -168,15 +168,15 @@ OTHERS: tuple[Other, ...] = (
 
 _NAMES: tuple[tuple[str, str], ...] = (
     (r"(double|single)_stream_modulation", "FLUX.2"),
+    (r"^single_blocks_\d+_([qkv]_proj|attn_out|mlp_(in|out))$", "FLUX.3"),
     (r"(mode_blocks|(early|single)_stream_modulations|emb_in_image)", "FLUX.3"),
-    (r"(txtfusion|text_fusion)_", "Krea 2"),
+    (r"(txtfusion|text_fusion)_|^blocks_\d+_(attn_w[qkvo]|mlp_(gate|up|down))$", "Krea 2"),
     (r"distilled_guidance_layer", "Chroma"),
-    (r"blocks_\d+_(cross_attn_(q_proj|k_proj|v_proj|output_proj)|mlp_layer[12])", "Anima"),
-    (r"blocks_\d+_self_attn_(q|k|v|output)_proj|llm_adapter_", "Anima"),
-    (r"blocks_\d+_((self|cross)_attn_|ffn_[02]$|ffn_net_|attn[12]_(to_|add_))", "Wan"),
+    (r"^blocks_\d+_(cross_attn_(q_proj|k_proj|v_proj|output_proj)|mlp_layer[12])", "Anima"),
+    (r"^blocks_\d+_self_attn_(q|k|v|output)_proj|llm_adapter_", "Anima"),
+    (r"^blocks_\d+_((self|cross)_attn_|ffn_[02]$|ffn_net_|attn[12]_(to_|add_))", "Wan"),
     (r"joint_blocks_\d+_", "Stable Diffusion 3"),
     (r"_blocks_\d+_(img|txt)_(mlp_fc\d|mod_linear)", "HunyuanVideo"),
-    (r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)\b", "HunyuanVideo"),
     (r"individual_token_refiner", "HunyuanVideo"),
     (r"(double|single)_stream_blocks_", "HiDream"),
     (
@@ -196,7 +196,10 @@ _NAMES: tuple[tuple[str, str], ...] = (
 NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), title) for pattern, title in _NAMES
 )
-"""Names that only one model has, joined by ``_`` or ``.``, and what to call it."""
+"""Names that only one model has, joined by ``_``, and what to call it."""
+
+DOTTED_NAMES = ((re.compile(r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)$"), "HunyuanVideo"),)
+"""The same for names that differ from a family's only in a ``.`` or ``_``."""
 
 _WORDS: tuple[tuple[str, str], ...] = (
     (r"chroma", "Chroma"),

@@ -30,7 +30,7 @@ class Adapter(Protocol):
         """Return ``A [r, in]`` and ``B [out, r]`` of one layer, float32, scale folded in."""
         ...
 
-    def shape(self, layer: str) -> tuple[int, int]:
+    def shape(self, layer: str) -> tuple[int, ...]:
         """Return ``(out, in)``, the shape of the weight that the layer's delta is made for."""
         ...
 

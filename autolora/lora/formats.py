@@ -12,9 +12,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
-from autolora.families.detect import Detection, Shape, detect, text_layer
+from autolora.errors import FamilyError, shown
+from autolora.families.detect import (
+    Detection,
+    Shape,
+    detect,
+    is_published,
+    layer_table,
+    tables,
+    text_layer,
+    title,
+)
 from autolora.families.layers import CANONICAL, LayerTable, Module, Share, Spelling
 from autolora.families.prefixes import FLAT, inner_paths
 from autolora.safetensors_io import TensorInfo
@@ -272,6 +283,76 @@ def detect_family(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     return detect(module_shapes(tensors), metadata)
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a file's header tells of it.
+
+    Attributes:
+        family: Name of the base-model family; None where it is another model's or ambiguous.
+        title: What to call the base model; empty where nothing or too much tells.
+        format: Name of the file format; empty where the family is not known.
+        problem: Why the file cannot be used, as a sentence; empty where nothing speaks against it.
+    """
+
+    family: str | None = None
+    title: str = ""
+    format: str = ""
+    problem: str = ""
+
+
+def describe(
+    path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+) -> Description:
+    """Tell family and format of a file from its header, without reading its weights.
+
+    Args:
+        path: The file, for sentences.
+        tensors: Element type and shape by key.
+        metadata: The header's text entries.
+    """
+    found = detect_family(tensors, metadata)
+    if found.family is None:
+        error = family_error(path, found)
+        return Description(None, found.title, "", "" if error is None else str(error))
+    names = Counter(
+        match.format for match in match_keys(tensors, layer_table(found.family)).values()
+    )
+    return Description(found.family, found.title, names.most_common(1)[0][0] if names else "")
+
+
+def family_error(path: Path, found: Detection) -> FamilyError | None:
+    """Say that a file is for a model that is not read, or may be for several.
+
+    Args:
+        path: The file.
+        found: What it is for.
+
+    Returns:
+        The error; None where nothing tells what it is for, or a family does.
+    """
+    if found.candidates:
+        listed = " or ".join(f"family={name!r}" for name in found.families)
+        return FamilyError(
+            f"{shown(path)} may be for {' or '.join(found.candidates)}, whose layers of these "
+            f"names and sizes are alike; say which with {listed} (--family).",
+            candidates=found.candidates,
+            families=found.families,
+        )
+    if found.family is None and found.title:
+        return FamilyError(
+            f"{shown(path)} is an adapter for {found.title}, not for {supported_titles()}; "
+            "use one made for one of these.",
+            found.title,
+        )
+    return None
+
+
+def supported_titles() -> str:
+    """Titles of the families that people have adapters for, as part of a sentence."""
+    *names, last = (title(name) for name in tables() if is_published(name))
+    return f"{', '.join(names)} or {last}"
+
+
 def module_shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, Shape | None]:
     """The size of every module's weight change, as far as the shapes of its tensors show it.
 
@@ -280,7 +361,7 @@ def module_shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, Shape | None]:
 
     Returns:
         Output rows, and input channels times the kernel's height and width, by the module's path
-        in the file; None where no weight is changed or its factors do not fit together.
+        in the file, 0 for what does not show; None where nothing shows.
     """
     roles: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in tensors.items():
@@ -288,7 +369,11 @@ def module_shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, Shape | None]:
         if split is not None:
             path, role, _ = split
             roles.setdefault(path, {})[role] = info.shape
-    return {path: _change_shape(found) for path, found in roles.items()}
+    return {
+        path: _change_shape(found)
+        for path, found in roles.items()
+        if found.keys() - {"alpha", "magnitude"}
+    }
 
 
 def _change_shape(roles: Mapping[str, tuple[int, ...]]) -> Shape | None:
@@ -313,5 +398,5 @@ def _change_shape(roles: Mapping[str, tuple[int, ...]]) -> Shape | None:
     elif len(roles.get("diff", ())) > 1:
         shape = sides(roles["diff"])
     else:
-        return None
-    return shape if all(shape) else None
+        shape = (math.prod(roles.get("diff_b", roles.get("bias", (0,)))), 0)
+    return shape if any(shape) else None

@@ -5,8 +5,8 @@ error that names the key: a factor without its partner, shapes that do not fit, 
 header alone decides; tensors are read once, when nothing can be wrong with them but their values.
 
 A module of the file may stand for a layer, for slices of one, or for several layers whose rows it
-holds one after the other; weight changes are cut accordingly. Kernels of convolutions are flattened:
-a change has the shape ``[out, in * height * width]``.
+holds one after the other; weight changes are cut accordingly. Kernels of convolutions are
+flattened: a change has the shape ``[out, in * height * width]``.
 """
 
 import math
@@ -37,7 +37,15 @@ from autolora.lora.deltas import (
     is_finite,
     rows_of,
 )
-from autolora.lora.formats import DENOISER, KeyMatch, Part, detect_family, match_keys
+from autolora.lora.formats import (
+    DENOISER,
+    KeyMatch,
+    Part,
+    detect_family,
+    family_error,
+    match_keys,
+    supported_titles,
+)
 from autolora.lora.load_report import LoadReport, make_report
 from autolora.lora.peft_config import PeftConfig, read_peft_config
 from autolora.safetensors_io import (
@@ -136,7 +144,7 @@ class Group:
 
 def _algorithm(role: str) -> str:
     """The algorithm that a tensor is a factor of; empty for what only goes with one."""
-    if role in _LORA:
+    if role in _LORA or role == "mid":
         return "lora"
     if role == "diff":
         return role
@@ -300,7 +308,7 @@ def _check_tensor(path: Path, key: str, role: str, info: TensorInfo, row: LayerR
     if not (role in _CORES or (_algorithm(role) and not row.is_norm)):
         return
     kernel = info.shape[2:]
-    if len(info.shape) not in (2, 4):
+    if len(info.shape) not in (2, 4) and role != "diff":
         kind = "a convolution" if row.kernel else "a linear layer"
         dimensions = "2-D or 4-D" if row.kernel else "2-D"
         raise bad_key(
@@ -735,22 +743,16 @@ def _family(
                 found.candidates,
             )
         return wanted, table
-    if found.candidates:
-        listed = " or ".join(f"family={name!r}" for name in found.families)
-        raise FamilyError(
-            f"{shown(path)} may be for {' or '.join(found.candidates)}, whose layers of these "
-            f"names and sizes are alike; say which with {listed} (--family).",
-            candidates=found.candidates,
-            families=found.families,
-        )
     if found.family is not None:
         return found.family, detect.layer_table(found.family)
-    if found.title:
-        raise FamilyError(
-            f"{shown(path)} is an adapter for {found.title}, which is not supported; use one made "
-            f"for {_supported()}.",
-            found.title,
-        )
+    if found.families:
+        # A damaged file is damaged whatever it is for.
+        table = detect.layer_table(found.families[0])
+        groups, _ = _groups(path, header, found.families[0], table)
+        check_groups(path, groups, header.tensors)
+        check_unique(path, set_aside_repeats(groups)[0])
+    if (error := family_error(path, found)) is not None:
+        raise error
     return _unknown(path, header, text_encoder_only)
 
 
@@ -760,7 +762,7 @@ def _unknown(path: Path, header: Header, text_encoder_only: bool) -> tuple[str, 
     Text encoders are shared between families, so that the first that has all of them is taken.
     """
     counted = {
-        name: sum(1 for match in match_keys(header.tensors, table).values())
+        name: sum(m.part != DENOISER for m in match_keys(header.tensors, table).values())
         for name, table in detect.tables().items()
     }
     name = max(counted, key=lambda name: counted[name])
@@ -771,16 +773,19 @@ def _unknown(path: Path, header: Header, text_encoder_only: bool) -> tuple[str, 
             f"{shown(path)} changes only text encoders ({counted[name]} keys) and no layer of a "
             "denoiser; load it with text_encoder_only=True, or use another LoRA."
         )
+    fields = ("modelspec.architecture", "ss_base_model_version")
+    named = next((header.metadata[field] for field in fields if header.metadata.get(field)), None)
+    if named is not None and detect.detect({}, header.metadata).title == "":
+        raise FamilyError(
+            f"{shown(path)} is an adapter for {shown(named)}, not for {supported_titles()}; "
+            "use one made for one of these.",
+            named,
+        )
     dropped = {key: refusals.reason_for(key, "any known base model") for key in header.tensors}
     raise LoRAFormatError(
         f"{shown(path)} changes no layer of any known base model ({_listed(dropped)}); use a LoRA "
-        f"made for {_supported()}."
+        f"made for {supported_titles()}."
     )
-
-
-def _supported() -> str:
-    *names, last = (detect.title(name) for name in detect.tables() if detect.is_published(name))
-    return f"{', '.join(names)} or {last}"
 
 
 def _groups(

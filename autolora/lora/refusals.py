@@ -9,7 +9,6 @@ STRAY: Mapping[str, str] = {
     "alpha": NO_FACTORS,
     "magnitude": "DoRA magnitude of a layer that has no LoRA factors in the file",
     "bias": "bias of a layer that has no LoRA factors in the file",
-    "mid": "Tucker core of a layer that has no LoRA factors in the file",
 }
 """Why a key that only goes with factors is dropped where there are none, by role."""
 AGAIN = "the same change again under another name"
@@ -31,7 +30,7 @@ _REASONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r".*\.(dora_scale|lora_magnitude_vector|magnitude)\b", "DoRA magnitude: unknown layer"),
         (r".*\.lokr_", "LoKr factor: unknown layer"),
         (r".*\.hada_", "LoHa factor: unknown layer"),
-        (r".*norm\w*\.(b_norm|diff_b|bias\.diff)$", "normalization bias: only weights are read"),
+        (r".*norm\w*\.(b_norm|diff_b|bias\.diff)$", "normalization bias: {model}'s have none"),
         (r".*\.(diff|diff_b|w_norm|b_norm)$", "full weight difference: unknown layer"),
         (r".*\bbias\b", "bias: unknown layer"),
         (r".*norm\w*\.(scale|weight)$", "normalization weight: only changes of it are supported"),

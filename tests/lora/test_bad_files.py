@@ -205,7 +205,8 @@ DOWN_OK, UP_OK = torch.ones(2, 4), torch.ones(4, 2)
         ({DOWN: DOWN_OK.int(), UP: UP_OK}, [DOWN, "I32", "floating-point"]),
         ({DOWN: DOWN_OK, UP: UP_OK.to(torch.int8)}, [UP, "I8"]),
         ({DOWN: torch.ones(0, 4), UP: torch.ones(4, 0)}, [DOWN, "holds no values"]),
-        ({DOWN: torch.ones(2, 4, 1, 1), UP: UP_OK}, [DOWN, "2-D"]),
+        ({DOWN: torch.ones(2, 4, 3, 3), UP: UP_OK}, [DOWN, "is a linear layer"]),
+        ({DOWN: torch.ones(2, 4, 1), UP: UP_OK}, [DOWN, "2-D"]),
         ({DOWN: nan(DOWN_OK), UP: UP_OK}, [DOWN, "NaN"]),
         ({DOWN: DOWN_OK, UP: nan(UP_OK).half()}, [UP, "NaN"]),
         ({DOWN: DOWN_OK, UP: nan(UP_OK).to(torch.float8_e4m3fn)}, [UP, "NaN"]),
@@ -291,17 +292,17 @@ def test_wrong_tensors(tmp_path, tensors, words):
     ("key", "model"),
     [
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "Stable Diffusion"),
-        ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "SDXL"),
-        ("unet.up_blocks.0.attentions.0.proj_in.lora_A.weight", "SDXL"),
+        ("unet.up_blocks.3.attentions.0.proj_in.lora_A.weight", "Stable Diffusion"),
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "Wan"),
         ("blocks.0.cross_attn.q.lora_A.default.weight", "Wan"),
         ("lora_unet_blocks_0_self_attn_q.lora_down.weight", "Wan"),
-        ("transformer.transformer_blocks.0.img_mlp.net.0.proj.lora_A.weight", "Qwen-Image"),
+        ("diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight", "Anima"),
+        ("lora_unet_blocks_0_attn_wq.lora_down.weight", "Krea 2"),
+        ("diffusion_model.single_blocks.0.q_proj.lora_A.weight", "FLUX.3"),
         ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", "Stable Diffusion 3"),
         ("lora_unet_double_blocks_0_img_mlp_fc1.lora_down.weight", "HunyuanVideo"),
         ("diffusion_model.double_stream_blocks.0.x.lora_A.weight", "HiDream"),
         ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "LTX-Video"),
-        ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight", "FLUX.2"),
         ("double_blocks.0.img_attn.norm.query_norm.scale", "FLUX.1 Control"),
     ],
 )
@@ -321,7 +322,7 @@ def test_nothing_matched_shows_reasons_and_first_keys(tmp_path):
     path = tmp_path / "lokr.safetensors"
     path.write_bytes(save({f"{KEY}_who.lokr_w1": torch.ones(2), ALPHA: torch.tensor(1.0)}))
     message = message_for(path)
-    assert "changes no layer of FLUX.1" in message
+    assert "changes no layer of any known base model" in message
     assert "LoKr" in message
     assert f"{KEY}_who.lokr_w1" in message
 

@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from autolora.families.flux1.refusals import NO_FACTORS
+from autolora.families.detect import layer_table
 from autolora.lora import LoRA
-from autolora.lora.formats import FORMATS, match_keys
+from autolora.lora.formats import DENOISER, FORMATS, match_keys
+from autolora.lora.refusals import NO_FACTORS
 from tests.lora.lora_files import SPELLINGS, assert_same_deltas, canonical_shapes, make_file
 
 
@@ -289,10 +290,10 @@ def test_sizes_of_small_models_say_nothing_about_flux(tmp_path):
         tensors[f"diffusion_model.{path}.lora_B.weight"] = torch.randn(8, 1, generator=random)
     save_file(tensors, tmp_path / "a.safetensors")
     assert len(LoRA.load(tmp_path / "a.safetensors").layers) == 3
-    # Where the width does not show, the file counts as one for FLUX.1.
+    # Without a block, only the layers outside count.
     outer = {key: tensor for key, tensor in tensors.items() if "img_in" in key}
     save_file(outer, tmp_path / "b.safetensors")
-    assert LoRA.load(tmp_path / "b.safetensors").report.total == 314
+    assert LoRA.load(tmp_path / "b.safetensors").report.total == 10
 
 
 def test_report_is_plain_data(tmp_path):
@@ -314,14 +315,17 @@ def test_report_is_plain_data(tmp_path):
 
 
 def test_format_names_are_unique_and_paths_unambiguous():
+    table = layer_table("flux1")
     assert len({entry.name for entry in FORMATS}) == len(FORMATS)
     for entry in FORMATS:
         for layer in canonical_shapes():
-            for path, slices in entry.module_paths(layer):
+            for path, spelling, _ in entry.module_paths(table, layer):
                 key = f"{path}.{entry.factor_names[0]}.weight"
-                match = match_keys([key])[key]
-                assert (match.target.layer, match.target.slices) == (layer, slices)
-                assert not match.target.is_norm and match.target.part == "dit"
+                match = match_keys([key], table)[key]
+                (share,) = match.module.shares
+                assert share.name(match.module.block) == layer
+                assert share.slices == spelling.slices
+                assert not share.row.is_norm and match.part == DENOISER
 
 
 @settings(

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autolora.families.flux1.tables import parse_layer
+from autolora.families.detect import layer_table
 from autolora.lora import LoRA
-from autolora.lora.formats import match_keys
+from autolora.lora.formats import detect_family, match_keys
+from autolora.safetensors_io import TensorInfo
 
 FOLDER = Path(os.environ.get("AUTOLORA_FORMATS", Path(__file__).parents[3] / "shared" / "formats"))
 LISTS = sorted(FOLDER.glob("*.json")) if FOLDER.is_dir() else []
@@ -56,17 +57,21 @@ def test_all_lists_are_known():
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_key_is_matched(name):
     shapes = shapes_of(name)
-    matches = match_keys(shapes)
+    matches = match_keys(shapes, layer_table("flux1"))
     assert set(matches) == set(shapes)
-    assert {match.format.name for match in matches.values()} == {KNOWN[name][0]}
+    assert {match.format for match in matches.values()} == {KNOWN[name][0]}
     for key, match in matches.items():
-        layer = parse_layer(match.target.layer)
+        (share,) = match.module.shares
         if match.role == "A":
-            assert shapes[key][1] == layer.type.in_ratio * 3072
+            assert shapes[key][1] == share.row.inputs.value({"d": 3072})
         elif match.role == "B":
-            ratios = dict(layer.type.slices)
-            wanted = match.target.slices or tuple(ratios)
-            assert shapes[key][0] == sum(ratios[part] for part in wanted) * 3072
+            assert shapes[key][0] == share.row.out(share.slices).value({"d": 3072})
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_family_is_found(name):
+    tensors = {key: TensorInfo("F32", tuple(shape), 0) for key, shape in shapes_of(name).items()}
+    assert detect_family(tensors, {"ss_base_model_version": "sd_1.5"}).family == "flux1"
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -101,8 +106,5 @@ def test_text_encoder_keys_are_matched(tmp_path):
 
 def test_true_size_is_counted_against_all_layers_of_the_transformer():
     """From the shapes alone: 19 double blocks of 10, 38 single blocks of 3, and 10 outside."""
-    from autolora.lora.deltas import LayerDelta
-    from autolora.lora.load_report import count_layers
-
-    layers = {"blocks.3.attn.a_to_qkv": LayerDelta(9216, 3072, ())}
-    assert count_layers(layers) == 19 * 10 + 38 * 3 + 10
+    layers = {"blocks.3.attn.a_to_qkv": (9216, 3072)}
+    assert layer_table("flux1").count(layers) == 19 * 10 + 38 * 3 + 10

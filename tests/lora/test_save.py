@@ -166,7 +166,7 @@ PAIR = (torch.ones(1, 8), torch.ones(8, 1))
         ({"blocks.0.attn.a_to_out": PAIR}, {"alpha": float("nan")}, "Alpha is nan"),
         ({"blocks.0.attn.a_to_out": PAIR}, {"dtype": "int8"}, "Cannot write dtype int8"),
         ({"blocks.0.attn.a_to_out": PAIR}, {"dtype": torch.int8}, "Cannot write dtype"),
-        ({"encoder.fc": PAIR}, {}, "no name for layer 'encoder.fc'"),
+        ({"encoder.fc": PAIR}, {}, "Layer 'encoder.fc' is of no known base model"),
         ({"blocks.0.attn.a_to_qkv": PAIR}, {"format": "diffusers"}, "cannot be divided"),
         ({"blocks.0.ff_a.0": PAIR}, {"format": "xlabs"}, "no name for layer 'blocks.0.ff_a.0'"),
         (

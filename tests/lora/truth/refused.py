@@ -1,4 +1,4 @@
-"""Files that hold no FLUX.1 LoRA, with words that the refusal must contain.
+"""Files that hold no LoRA for any family, with words that the refusal must contain.
 
 Key names are those of the programs: Black Forest Labs' Control LoRAs, sd-scripts' OFT, Nunchaku's
 converted files, and LoRAs for other base models as their trainers name them.
@@ -38,6 +38,15 @@ def _oft() -> dict[str, Tensor]:
     return {f"{path}.oft_blocks": torch.randn(4, 8, 8), f"{path}.alpha": torch.tensor(1.0)}
 
 
+def _timestep() -> dict[str, Tensor]:
+    path = "base_model.model.transformer_blocks.0.attn.to_q"
+    tensors = _pairs([path])
+    for name in ("gamma", "beta"):
+        tensors[f"{path}.lora_time_{name}.weight"] = torch.randn(RANK, 16)
+        tensors[f"{path}.lora_time_{name}.bias"] = torch.randn(RANK)
+    return tensors
+
+
 def _nunchaku() -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part in ("qkv_proj", "out_proj", "mlp_fc1", "mlp_fc2"):
@@ -53,17 +62,12 @@ KOHYA = ("lora_down.weight", "lora_up.weight")
 REFUSED: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
     "BFL Control": (_control(), ("control",)),
     "OFT": (_oft(), ("oft",)),
-    "Nunchaku": (_nunchaku(), ("nunchaku",)),
-    "SDXL": (
-        _pairs(
-            [
-                "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
-                "lora_te2_text_model_encoder_layers_0_self_attn_q_proj",
-            ],
-            KOHYA,
-        ),
-        ("xl",),
+    "timestep LoRA": (_timestep(), ("timestep",)),
+    "token embeddings": (
+        {"clip_l": torch.ones(2, 768), "t5": torch.ones(2, 4096)},
+        ("token embedding",),
     ),
+    "Nunchaku": (_nunchaku(), ("nunchaku",)),
     "Stable Diffusion 1.5": (
         _pairs(["lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"], KOHYA),
         ("stable diffusion",),
@@ -71,10 +75,6 @@ REFUSED: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
     "Stable Diffusion 3": (
         _pairs(["lora_unet_joint_blocks_0_x_block_attn_qkv"], KOHYA),
         ("stable diffusion 3",),
-    ),
-    "Qwen-Image": (
-        _pairs(["transformer_blocks.0.img_mlp.net.0.proj", "transformer_blocks.0.img_mod.1"]),
-        ("qwen",),
     ),
     "Wan": (
         _pairs(["diffusion_model.blocks.0.self_attn.q", "diffusion_model.blocks.0.ffn.0"]),
@@ -90,16 +90,6 @@ REFUSED: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
         ),
         ("hunyuan",),
     ),
-    "FLUX.2": (
-        _pairs(
-            [
-                "diffusion_model.double_blocks.0.img_attn.qkv",
-                "diffusion_model.double_stream_modulation_img.lin",
-                "diffusion_model.single_stream_modulation.lin",
-            ]
-        ),
-        ("flux.2",),
-    ),
     "Chroma": (
         _pairs(
             [
@@ -108,15 +98,6 @@ REFUSED: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
             ]
         ),
         ("chroma",),
-    ),
-    "Z-Image": (
-        _pairs(
-            [
-                "diffusion_model.layers.0.attention.to_q",
-                "diffusion_model.layers.0.feed_forward.w1",
-            ]
-        ),
-        ("z-image",),
     ),
 }
 """Tensors by what they are, and words of the message in lower case."""
