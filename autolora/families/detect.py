@@ -132,13 +132,16 @@ def _index() -> Mapping[str, Sequence[tuple[int, str, tuple[Share, ...]]]]:
     return index
 
 
-def detect(modules: Mapping[str, Shape | None], metadata: Mapping[str, str]) -> Detection:
+def detect(
+    modules: Mapping[str, Shape | None], metadata: Mapping[str, str], wanted: str | None = None
+) -> Detection:
     """Find the family of a file.
 
     Args:
         modules: The size of each module's weight change by its path in the file; None where the
             file does not show it.
         metadata: The header's text entries.
+        wanted: Name of a family that is taken wherever names and sizes allow it.
     """
     known = _known_modules(modules)
     most = max(map(len, known.values()), default=0)
@@ -154,6 +157,9 @@ def detect(modules: Mapping[str, Shape | None], metadata: Mapping[str, str]) -> 
         return _by_title(by_name)
     if not top:
         return _by_title(_other_in(header))
+    asked = [n for n in top if wanted is not None and _candidates()[n].name == wanted]
+    if asked and _fit(_candidates()[asked[0]].table, known[asked[0]].values()):
+        return _detection(asked)
     return _decide(top, known, named, list(modules))
 
 

@@ -273,14 +273,17 @@ def format_named(name: str) -> Format | None:
     return next((entry for entry in FORMATS if entry.name == name), None)
 
 
-def detect_family(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> Detection:
+def detect_family(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], wanted: str | None = None
+) -> Detection:
     """Find the base-model family that a file is for, from its header alone.
 
     Args:
         tensors: Element type and shape by key.
         metadata: The header's text entries.
+        wanted: Name of a family that is taken wherever names and sizes allow it.
     """
-    return detect(module_shapes(tensors), metadata)
+    return detect(module_shapes(tensors), metadata, wanted)
 
 
 @dataclass(frozen=True)

@@ -726,7 +726,7 @@ def _family(
     Raises:
         LoRAFormatError: It is for another model, unknown, or ambiguous; the error says what to do.
     """
-    found = detect_family(header.tensors, header.metadata)
+    found = detect_family(header.tensors, header.metadata, wanted)
     if wanted is not None:
         table = detect.layer_table(wanted)
         other = found.family is not None and not detect.shares_layers(found.family, wanted)
