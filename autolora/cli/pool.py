@@ -49,6 +49,7 @@ def list_pool(model: Model = "tiny", pool: PoolFolder = None, as_json: AsJson = 
             {
                 "name": entry.name,
                 "title": metadata.title,
+                "base_model": loras.describe(entry.name).title or "unknown",
                 "trigger_words": metadata.trigger_words,
                 "kilobytes": round(entry.size / 1000),
                 "path": str(entry.path),
@@ -57,8 +58,12 @@ def list_pool(model: Model = "tiny", pool: PoolFolder = None, as_json: AsJson = 
     if as_json:
         print_json(_plain(rows))
         return
-    table = [(r["name"], r["title"], ", ".join(r["trigger_words"]), r["kilobytes"]) for r in rows]
-    console(stderr=False).print(make_table(("name", "title", "trigger words", "kB"), table))
+    table = [
+        (r["name"], r["title"], r["base_model"], ", ".join(r["trigger_words"]), r["kilobytes"])
+        for r in rows
+    ]
+    heads = ("name", "title", "base model", "trigger words", "kB")
+    console(stderr=False).print(make_table(heads, table))
 
 
 @pool_app.command(

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.errors import AutoLoRAError, LoRAFormatError, PoolError, shown
+from autolora.errors import AutoLoRAError, PoolError, shown
 from autolora.files import replacing
 from autolora.lora.metadata import Metadata
 
@@ -308,14 +308,9 @@ def _strength(metadata: Metadata) -> float:
 
 def _format(path: Path) -> tuple[str, str]:
     """Name the file format by the header alone, or say why the file cannot be used."""
-    from autolora.lora.formats import describe
-    from autolora.safetensors_io import read_header
+    from autolora.lora.formats import describe_file
 
-    try:
-        header = read_header(path)
-    except LoRAFormatError as error:
-        return "", str(error)
-    found = describe(path, header.tensors, header.metadata)
+    found = describe_file(path)
     return found.format, found.problem
 
 

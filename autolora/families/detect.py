@@ -157,10 +157,7 @@ def detect(
         return _by_title(by_name)
     if not top:
         return _by_title(_other_in(header))
-    asked = [n for n in top if wanted is not None and _candidates()[n].name == wanted]
-    if asked and _fit(_candidates()[asked[0]].table, known[asked[0]].values()):
-        return _detection(asked)
-    return _decide(top, known, named, list(modules))
+    return _decide(top, known, named, list(modules), wanted)
 
 
 def _decide(
@@ -168,6 +165,7 @@ def _decide(
     known: Mapping[int, Mapping[str, _Known]],
     named: set[int],
     paths: Sequence[str],
+    wanted: str | None,
 ) -> Detection:
     """Choose among the candidates that know most of a file's names."""
     fits = {n: _fit(_candidates()[n].table, known[n].values()) for n in top}
@@ -175,6 +173,9 @@ def _decide(
     families = {n for n in top if _candidates()[n].name is not None or n in named}
     fits = {n: 0 if f == 1 and n not in families else f for n, f in fits.items()}
     best = max(fits.values())
+    asked = [n for n in top if wanted is not None and _candidates()[n].name == wanted]
+    if asked and fits[asked[0]] == best > 0:
+        return _detection(asked)
     if best == 0:
         # Nobody has such layers: the reader of the likeliest family says what is wrong with them.
         chosen = [n for n in top if n in named] or top

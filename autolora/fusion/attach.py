@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from autolora.errors import FusionError
 from autolora.fusion.adapter import Adapter
+from autolora.fusion.conv import weight_shape
 from autolora.fusion.gate import GateBank
 from autolora.fusion.linear import FusedLinear, linear_shape
 from autolora.fusion.match import (
@@ -33,6 +34,7 @@ from autolora.fusion.match import (
     check_adapters,
     check_attached,
     check_strengths,
+    find_layers,
     find_linears,
     match,
     replace_layer,
@@ -175,7 +177,7 @@ class LayerPlan:
     """What attaching means for every layer; nothing is changed yet.
 
     Attributes:
-        linears: The base of every linear layer.
+        linears: The base of every linear layer and convolution.
         members: The adapters of each layer that holds any, in the model's order.
         report: What is going to be told.
     """
@@ -197,7 +199,7 @@ def plan_layers(
         FusionError: As for `attach`.
     """
     check_adapters(adapters)
-    linears = find_linears(module)
+    linears = find_layers(module)
     matched = tuple(match(adapter, strength, linears) for adapter, strength in adapters)
     members: dict[str, list[tuple[Adapter, float]]] = {layer: [] for layer in linears}
     for pair, entry in zip(adapters, matched, strict=True):
@@ -277,7 +279,7 @@ def _check_gates(
     if gates is None or not strategy.uses_gates:
         return tuple(layers) if strategy.uses_gates else ()
     for layer, gate in gates.items():
-        shape = linear_shape(linears[layer]) if layer in linears else None
+        shape = weight_shape(linears[layer]) if layer in linears else None
         if shape is None or shape[0] != gate.out_features:
             here = "is missing here" if shape is None else f"has {shape[0]} channels here"
             raise FusionError(

@@ -129,7 +129,7 @@ class FusedLinear(nn.Module):
         capacity: Capacity | None = None,
     ) -> None:
         super().__init__()
-        shape = linear_shape(base)
+        shape = self._shape_of(base)
         if shape is None or isinstance(base, FusedLinear):
             raise FusionError(f"can't put adapters around a {type(base).__name__}: not a linear")
         self.base = base
@@ -142,6 +142,10 @@ class FusedLinear(nn.Module):
         self._ready_terms: tuple[torch.dtype, torch.device, GateTerms | None] | None = None
         names = tuple(map(str, range(len(factors)))) if names is None else names
         self.set_adapters(names, factors, strengths)
+
+    @staticmethod
+    def _shape_of(base: nn.Module) -> tuple[int, int] | None:
+        return linear_shape(base)
 
     @property
     def in_features(self) -> int:

@@ -9,6 +9,7 @@ from torch import nn
 
 from autolora.errors import FusionError
 from autolora.fusion.adapter import Adapter, DenseAdapter
+from autolora.fusion.conv import weight_shape
 from autolora.fusion.linear import FusedLinear, finite_strength, linear_shape
 
 
@@ -36,17 +37,23 @@ def attached_layers(module: nn.Module) -> dict[str, FusedLinear]:
 
 def find_linears(module: nn.Module) -> dict[str, nn.Module]:
     """Return the base of every linear layer by its path, as if nothing were attached."""
-    linears: dict[str, nn.Module] = {}
+    layers = find_layers(module)
+    return {name: base for name, base in layers.items() if linear_shape(base) is not None}
+
+
+def find_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the base of every linear layer and convolution by its path, likewise."""
+    layers: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, child in module.named_modules():
         if not name or name.startswith(inside):
             continue
         base = child.base if isinstance(child, FusedLinear) else child
-        if linear_shape(base) is not None:
-            linears[name] = base
+        if weight_shape(base) is not None:
+            layers[name] = base
             # A quantized layer may hold another linear inside; only the outer one is ours.
             inside = (f"{name}.",)
-    return linears
+    return layers
 
 
 def replace_layer(module: nn.Module, layer: str, replacement: nn.Module) -> None:
@@ -107,7 +114,7 @@ def match(adapter: Adapter, strength: float, linears: Mapping[str, nn.Module]) -
         if layer not in linears:
             skipped[layer] = "the model has no linear layer of this name"
             continue
-        shape = linear_shape(linears[layer])
+        shape = weight_shape(linears[layer])
         if shape != tuple(adapter.shape(layer)):
             raise FusionError(
                 f"adapter {adapter.name!r} does not fit this model: layer {layer} is "

@@ -28,7 +28,7 @@ from autolora.fusion.match import (
     AttachedAdapter,
     attached_layers,
     check_adapters,
-    find_linears,
+    find_layers,
     match,
 )
 
@@ -137,7 +137,7 @@ def check_plain(target: Target) -> None:
         problem = "is quantized with scales"
     elif tensor.is_meta:
         problem = "is not in memory (it stays on the disk until it is used)"
-    elif target.parts and target.path.endswith(".weight") and tensor.dim() == 2:
+    elif target.parts and target.path.endswith(".weight") and tensor.dim() in (2, 4):
         shape = target.parts[0][0].shape(target.path.removesuffix(".weight"))
         if tuple(tensor.shape) != tuple(shape):
             problem = f"is stored as {list(tensor.shape)} where the layer is {list(shape)}"
@@ -255,7 +255,7 @@ def _checked(
     """Which adapters fit where, the weights to change, and the biases and norms."""
     _refuse_occupied(module)
     check_adapters(adapters)
-    linears = find_linears(module)
+    linears = find_layers(module)
     matched = [match(adapter, strength, linears) for adapter, strength in adapters]
     targets = weight_targets(linears, adapters, matched)
     extra = bias_targets(linears, adapters, matched) + norm_targets(module, adapters, matched)
@@ -319,7 +319,7 @@ def base_weight(module: nn.Module, layer: str) -> Tensor:
     Raises:
         FusionError: There is no such layer, or its weight is packed or not in memory.
     """
-    linear = find_linears(module).get(layer)
+    linear = find_layers(module).get(layer)
     if linear is None:
         raise FusionError(f"the model has no linear layer {layer!r}")
     path = f"{layer}.weight"
@@ -409,7 +409,10 @@ def _add_weights(path: str, total: Tensor, parts: list[tuple[Adapter, float]]) -
             total.add_(delta.to(total), alpha=strength)
         else:
             down, up = adapter.factors(layer)
-            total.addmm_(up.to(total), down.to(total), alpha=strength)
+            if total.dim() == 2:
+                total.addmm_(up.to(total), down.to(total), alpha=strength)
+            else:  # the kernel of a convolution counts as inputs
+                total.add_((up.to(total) @ down.to(total)).reshape(total.shape), alpha=strength)
 
 
 def _add_vectors(path: str, total: Tensor, parts: list[tuple[Adapter, float]]) -> None:

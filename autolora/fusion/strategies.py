@@ -1,4 +1,4 @@
-"""Ways to let several adapters act in one linear layer.
+"""Ways to let several adapters act in one layer.
 
 A strategy is one small class that turns a base layer and its adapters into a `FusedLinear`, or says
 that they are merged into the weight. Adding one means writing the class and decorating it with
@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import nn
 
 from autolora.errors import FusionError
+from autolora.fusion.conv import fused_type
 from autolora.fusion.gate import Gate, GateBank
 from autolora.fusion.linear import FusedLinear
 from autolora.fusion.packed import Factors
@@ -59,11 +60,11 @@ class Strategy:
         Raises:
             FusionError: A shape does not fit.
         """
-        return FusedLinear(base, factors, self.gate(layer, gates), strengths, names)
+        return fused_type(base)(base, factors, self.gate(layer, gates), strengths, names)
 
     def updates(self, layer: str, fused: FusedLinear, gates: GateBank | None) -> bool:
         """Tell whether other adapters in this very layer make what `fuse` would make anew."""
-        return type(fused) is FusedLinear and fused.gate is self.gate(layer, gates)
+        return type(fused) is fused_type(fused.base) and fused.gate is self.gate(layer, gates)
 
 
 _STRATEGIES: dict[str, type[Strategy]] = {}

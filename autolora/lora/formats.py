@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from autolora.errors import FamilyError, shown
+from autolora.errors import FamilyError, LoRAFormatError, shown
 from autolora.families.detect import (
     Detection,
     Shape,
@@ -28,7 +28,7 @@ from autolora.families.detect import (
 )
 from autolora.families.layers import CANONICAL, LayerTable, Module, Share, Spelling
 from autolora.families.prefixes import FLAT, inner_paths
-from autolora.safetensors_io import TensorInfo
+from autolora.safetensors_io import TensorInfo, read_header
 
 AlphaPlace = Literal["tensor", "optional tensor", "header", "nowhere"]
 
@@ -292,7 +292,7 @@ class Description:
 
     Attributes:
         family: Name of the base-model family; None where it is another model's or ambiguous.
-        title: What to call the base model; empty where nothing or too much tells.
+        title: What to call the base model, or those that it may be; empty where nothing tells.
         format: Name of the file format; empty where the family is not known.
         problem: Why the file cannot be used, as a sentence; empty where nothing speaks against it.
     """
@@ -316,11 +316,25 @@ def describe(
     found = detect_family(tensors, metadata)
     if found.family is None:
         error = family_error(path, found)
-        return Description(None, found.title, "", "" if error is None else str(error))
+        title_ = found.title or " or ".join(found.candidates)
+        return Description(None, title_, "", "" if error is None else str(error))
     names = Counter(
         match.format for match in match_keys(tensors, layer_table(found.family)).values()
     )
     return Description(found.family, found.title, names.most_common(1)[0][0] if names else "")
+
+
+def describe_file(path: Path) -> Description:
+    """Tell family and format of a file from its header.
+
+    Args:
+        path: The file; one that cannot be read is described by its problem.
+    """
+    try:
+        header = read_header(path)
+    except LoRAFormatError as error:
+        return Description(problem=str(error))
+    return describe(path, header.tensors, header.metadata)
 
 
 def family_error(path: Path, found: Detection) -> FamilyError | None:

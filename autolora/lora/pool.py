@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from autolora.errors import LoRAFormatError, PoolError, shown
 from autolora.files import is_plain_name
+from autolora.lora.formats import Description, describe_file
 from autolora.lora.metadata import Metadata
 
 if TYPE_CHECKING:
@@ -223,12 +224,15 @@ class AdapterCache:
         self._busy: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def load(self, path: str | os.PathLike[str], name: str | None = None) -> LoRA:
+    def load(
+        self, path: str | os.PathLike[str], name: str | None = None, family: str | None = None
+    ) -> LoRA:
         """Read an adapter, or return the one that was read before.
 
         Args:
             path: The file.
             name: Name of the adapter; the file's stem where None.
+            family: The base-model family that it is for; None finds it from the file.
 
         Raises:
             PoolError: The file is gone.
@@ -237,7 +241,7 @@ class AdapterCache:
         from autolora.lora.lora import LoRA
 
         file = Path(path)
-        key = (os.path.abspath(file), name)
+        key = (os.path.abspath(file), name, family)
         with self._alone(key):
             identity = file_identity(file)
             with self._lock:
@@ -245,7 +249,7 @@ class AdapterCache:
                 if entry is not None and entry.identity == identity:
                     return self._hit(key, entry).lora
                 self.misses += 1
-            lora = LoRA.load(file)
+            lora = LoRA.load(file, family)
             if name is not None:
                 lora.name = name
             with self._lock:
@@ -379,6 +383,7 @@ class Pool:
         """
         self.folder = Path(folder)
         self.cache = AdapterCache(cache_bytes)
+        self._described: dict[Path, tuple[tuple[int, int], Description]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -450,11 +455,12 @@ class Pool:
             )
         return entry
 
-    def load(self, name: str) -> LoRA:
+    def load(self, name: str, family: str | None = None) -> LoRA:
         """Load a LoRA, or take it from the cache when its file has not changed.
 
         Args:
             name: Its name in the pool.
+            family: The base-model family that it is for; None finds it from the file.
 
         Returns:
             The adapter, under its name in the pool.
@@ -463,7 +469,38 @@ class Pool:
             PoolError: No LoRA has this name.
             LoRAFormatError: Its file cannot be used.
         """
-        return self.cache.load(self.entry(name).path, name)
+        return self.cache.load(self.entry(name).path, name, family)
+
+    def describe(self, name: str) -> Description:
+        """Tell which base-model family a LoRA is for, from its file's header.
+
+        Args:
+            name: Its name in the pool.
+
+        Returns:
+            Family, format, and why the file cannot be used, if so; remembered until it changes.
+
+        Raises:
+            PoolError: No LoRA has this name.
+        """
+        entry = self.entry(name)
+        known = self._described.get(entry.path)
+        if known is None or known[0] != (entry.size, entry.mtime_ns):
+            known = ((entry.size, entry.mtime_ns), describe_file(entry.path))
+            self._described[entry.path] = known
+        return known[1]
+
+    def families(self) -> dict[str, list[str]]:
+        """List the LoRAs by the base model that they are for.
+
+        Returns:
+            Names by the base model's title; those of files that may be for several are under the
+            titles joined by ``or``, and those that nothing tells of under ``unknown``.
+        """
+        found: dict[str, list[str]] = {}
+        for entry in self.entries:
+            found.setdefault(self.describe(entry.name).title or "unknown", []).append(entry.name)
+        return dict(sorted(found.items()))
 
     def metadata(self, name: str) -> Metadata:
         """Read a LoRA's metadata without its weights.
