@@ -12,7 +12,7 @@ STRAY: Mapping[str, str] = {
 }
 """Why a key that only goes with factors is dropped where there are none, by role."""
 AGAIN = "the same change again under another name"
-UNKNOWN = "unknown name: no layer of {model} is called so"
+UNKNOWN = "unknown name: no {model} layer is called so"
 
 _TOKENS = (
     r"bundle_emb\.|(clip_[lg]|t5|t5xxl|emb_params|text_encoders?(_2)?)(_out)?$"

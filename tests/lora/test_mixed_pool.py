@@ -256,8 +256,10 @@ def test_other_models_are_named_and_left_out(mixed):
         elif title != "unknown" and " or " not in title:
             with pytest.raises(FamilyError, match=f"an adapter for {title}, not for FLUX.1"):
                 pool.load(name)
-            with pytest.raises(FamilyError, match=f"{title}, not for SDXL; use one made for SDXL"):
-                LoRA.load(pool.entry(name).path, "sdxl")
+            with pytest.raises(
+                FamilyError, match=f"{title}, not for Z-Image; use one made for Z-Image"
+            ):
+                LoRA.load(pool.entry(name).path, "z_image")
 
 
 def test_a_family_that_does_not_exist_is_refused(mixed):
