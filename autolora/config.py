@@ -5,8 +5,6 @@ are errors, all of them named at once. Nothing here needs torch.
 
 Settings of full-size base models: where their files come from, and how they share the memory.
 
-Checks keys and types of what a YAML file says against a dataclass.
-
 Writes a user's own configuration from a shipped one, comments and all.
 """
 
@@ -18,7 +16,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,8 +25,11 @@ from typing import Any
 
 import yaml
 
-from autolora.errors import ConfigError, shown
+from autolora import schema
+from autolora.errors import ConfigError, GenerationError, shown
 from autolora.files import replacing
+from autolora.schema import STRICT, Numbers, PathField
+from autolora.unit import Units
 
 SOURCES = ("modelscope", "huggingface")
 OFFLOADS = ("auto", "none", "parts", "layers")
@@ -67,6 +68,8 @@ class CheckpointSettings:
     A part is a file, a folder, or ``owner/name:pattern`` for files of a hub repository.
     """
 
+    __pydantic_config__ = STRICT
+
     base: str | None = None
     """Folder or hub repository, laid out as published, for the parts that are not named below."""
     transformer: str | None = None
@@ -83,7 +86,7 @@ class CheckpointSettings:
     """Folder of T5's tokenizer."""
     processor: str | None = None
     """Folder of the processor of a model that reads pictures with its text encoder."""
-    folder: Path = Path("models")
+    folder: PathField = Path("models")
     """Where files of hub repositories are kept, as ``folder/owner/name/...``."""
     source: str = "modelscope"
     """Hub that missing files come from: one of `SOURCES`."""
@@ -100,6 +103,8 @@ class CheckpointSettings:
 @dataclass(frozen=True)
 class MemorySettings:
     """How a full-size base model shares the memory of the card and of the machine."""
+
+    __pydantic_config__ = STRICT
 
     offload: str = "auto"
     """What waits in the machine's memory: ``none``; idle ``parts``, moved as a whole; ``layers``,
@@ -133,6 +138,8 @@ class MemorySettings:
 @dataclass(frozen=True)
 class AdapterSettings:
     """How adapters are kept ready and put into the base model."""
+
+    __pydantic_config__ = STRICT
 
     cache_gb: float = 2.0
     """GiB of adapters to keep in memory, parsed and prepared, so that switching reads no file."""
@@ -169,77 +176,6 @@ def hub_reference(text: str) -> HubReference | None:
     return HubReference(match["id"], match["pattern"])
 
 
-_WRONG = object()
-_WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "bool": "true or false",
-    "Path": "a path",
-    "tuple[float, ...]": "a list of numbers",
-}
-
-
-def read_values(
-    kind: type[Any], raw: Mapping[Any, Any], found: list[str], where: str = ""
-) -> dict[str, Any]:
-    """Check keys and types; a field that is a dataclass itself takes keys and values.
-
-    Args:
-        kind: The dataclass.
-        raw: What the file says.
-        found: What is wrong is added here, one sentence part each.
-        where: What stands before a key's name in messages.
-
-    Returns:
-        Arguments for the dataclass, without those that are wrong.
-    """
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in fields:
-            close = get_close_matches(str(key), fields, n=1)
-            hint = f" (did you mean {where}{close[0]}?)" if close else ""
-            found.append(f"unknown key {where}{shown(key)}{hint}")
-            continue
-        nested = fields[key].default_factory
-        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
-            if isinstance(value, Mapping):
-                values[key] = nested(**read_values(nested, value, found, f"{where}{key}."))
-            else:
-                found.append(f"{where}{key} must hold keys and values")
-            continue
-        expected = str(fields[key].type)
-        converted = _convert(expected, value)
-        if converted is _WRONG:
-            wanted = _WORDS[expected.removesuffix(" | None")]
-            found.append(f"{where}{key} must be {wanted}, not {shown(repr(value), 60)}")
-        else:
-            values[key] = converted
-    return values
-
-
-def _convert(expected: str, value: Any) -> Any:
-    """Return the value as the field's type, or `_WRONG`."""
-    if value is None:
-        return None if expected.endswith("| None") else _WRONG
-    plain = expected.removesuffix(" | None")
-    if plain == "bool":
-        return value if isinstance(value, bool) else _WRONG
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if plain == "int":
-        return value if number and isinstance(value, int) else _WRONG
-    if plain == "float":
-        return float(value) if number else _WRONG
-    if plain == "tuple[float, ...]":
-        listed = isinstance(value, Sequence) and not isinstance(value, str)
-        good = listed and all(_convert("float", item) is not _WRONG for item in value)
-        return tuple(float(item) for item in value) if good else _WRONG
-    if not isinstance(value, str):
-        return _WRONG
-    return Path(value) if plain == "Path" else value
-
-
 KINDS = tuple(
     sorted(m.name for m in iter_modules([str(Path(__file__).parent / "families")]) if m.ispkg)
 )
@@ -260,7 +196,9 @@ MAX_TOP_K = 16
 class PortraitSettings:
     """How a LoRA's portrait is taken: see `autolora.generate.portraits`."""
 
-    sigmas: tuple[float, ...] = (1.0, 0.85, 0.7)
+    __pydantic_config__ = STRICT
+
+    sigmas: Numbers = (1.0, 0.85, 0.7)
     """Noise levels in (0, 1] at which the first guess of the clean picture is looked at."""
     noises: int = 12
     """Fixed noises per noise level."""
@@ -292,11 +230,13 @@ class PortraitSettings:
 class PipelineConfig:
     """A base model with its pool, index and defaults."""
 
+    __pydantic_config__ = STRICT
+
     name: str
     """How the model is called."""
     kind: str = "tiny"
     """Which family of base model: one of `KINDS`."""
-    weights: Path | None = None
+    weights: PathField | None = None
     """Checkpoint; None stands for the one that the package ships. For a full-size model a shorter
     way to say ``checkpoint.transformer`` (a file) or ``checkpoint.base`` (a folder)."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -310,16 +250,18 @@ class PipelineConfig:
     on a GPU and on a CPU with AVX512-BF16 or AMX, float32 on other CPUs."""
     device: str = "auto"
     """A torch device; ``auto`` is the first GPU, or else the CPU."""
-    pool: Path = Path("lora_pool")
+    pool: PathField = Path("lora_pool")
     """Folder of LoRA files."""
-    index: Path = Path("index")
+    index: PathField = Path("index")
     """Folder that the search index is written to."""
-    encoder: Path | None = None
+    encoder: PathField | None = None
     """Weights of the LoRA encoder; None stands for those that the package ships for its weights."""
-    gate: Path | None = None
+    gate: PathField | None = None
     """Weights of the gates; None stands for those that the package ships for its weights."""
     strategy: str = "gated"
     """How several adapters act in one layer."""
+    loras: Units = ()
+    """LoRAs that take part in every picture, unless a request turns them off."""
     text: str = "auto"
     """What reads prompts and metadata for the search: one of `TEXTS`; ``auto`` is the checkpoint's
     CLIP for a full-size model."""
@@ -516,16 +458,23 @@ def load_config(source: str | Path) -> PipelineConfig:
         raise ConfigError(f"{shown(path)} cannot be read as YAML: {reason}.") from error
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{shown(path)} must hold keys and values, such as `kind: tiny`.")
-    found: list[str] = []
-    values = read_values(PipelineConfig, {"name": path.stem, **raw}, found)
-    if found:
-        raise ConfigError(f"{shown(path)}: {'; '.join(found)}.")
+    try:
+        config = schema.read(PipelineConfig, {"name": path.stem, **raw})
+    except schema.Invalid as error:
+        raise ConfigError(f"{shown(path)}: {error}.", where=error.problems[0].where) from None
+    except GenerationError as error:
+        raise ConfigError(f"{shown(path)}: {error}") from None
     root = _root(path)
-    values["checkpoint"] = _rooted(values.get("checkpoint", CheckpointSettings()), root)
-    for key in ("weights", "pool", "index", "encoder", "gate"):
-        value = values.get(key, PipelineConfig.__dataclass_fields__[key].default)
-        values[key] = None if value is None else _absolute(root, value)
-    return PipelineConfig(**values)
+    paths = {key: getattr(config, key) for key in ("weights", "pool", "index", "encoder", "gate")}
+    rooted: dict[str, Any] = {
+        key: _absolute(root, value) for key, value in paths.items() if value is not None
+    }
+    loras = tuple(
+        unit if unit.path is None else dataclasses.replace(unit, path=_absolute(root, unit.path))
+        for unit in config.loras
+    )
+    checkpoint = _rooted(config.checkpoint, root)
+    return dataclasses.replace(config, checkpoint=checkpoint, loras=loras, **rooted)
 
 
 def _rooted(checkpoint: CheckpointSettings, root: Path) -> CheckpointSettings:

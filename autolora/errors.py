@@ -8,7 +8,17 @@ import unicodedata
 
 
 class AutoLoRAError(Exception):
-    """Base of all errors that a user's input can cause."""
+    """Base of all errors that a user's input can cause.
+
+    Attributes:
+        where: Field of a request or configuration that is wrong, such as ``loras[1].steps``; empty
+            where that is not one field.
+    """
+
+    def __init__(self, sentence: str = "", *, where: str = "") -> None:
+        """Hold the sentence and its field."""
+        super().__init__(sentence)
+        self.where = where
 
 
 class LoRAFormatError(AutoLoRAError):

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import PipelineConfig, load_config
-from autolora.generate.active_adapters import Attachments, Chosen
-from autolora.generate.plan import Plan, Planner, keep_fitting
+from autolora.generate.active_adapters import Attachments, Chosen, by_step
+from autolora.generate.plan import Pick, Plan, Planner, keep_fitting, load_pick
 from autolora.generate.report import Output, Report
 from autolora.generate.reproduce import shipped_gate
 from autolora.generate.search import IndexState, PoolSearch
-from autolora.images import Control, GivenImages
 from autolora.lora import Pool
-from autolora.request import AskedLoRA, check_batch, make_request, parse_prompt
+from autolora.lora.pool import AdapterCache
+from autolora.request import GenerateRequest, check_batch, check_seed, parse_prompt, read_request
+from autolora.styles import Style, Styles, own_styles, shipped_styles
+from autolora.unit import LoRAUnit, read_units
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import nn
 
     from autolora.fusion import AttachReport, GateBank
@@ -47,11 +48,12 @@ class AutoLoRAPipeline:
         self.config = config
         self._lock = threading.RLock()
         self._attachments = Attachments(
-            config, lambda: self.base, lambda: self.gates, lambda: self.pool.cache
+            config, lambda: self.base, lambda: self.gates, lambda: self.cache
         )
         self._planner = Planner(
             config,
             lambda: self.pool,
+            lambda: self.cache,
             lambda: self.base,
             lambda: self.gates,
             lambda: self._search,
@@ -78,7 +80,19 @@ class AutoLoRAPipeline:
     @cached_property
     def pool(self) -> Pool:
         """The LoRA files."""
-        return Pool(self.config.pool, int(self.config.adapters.cache_gb * 2**30))
+        pool = Pool(self.config.pool)
+        pool.cache = self.cache
+        return pool
+
+    @cached_property
+    def cache(self) -> AdapterCache:
+        """The adapters that are kept ready."""
+        return AdapterCache(int(self.config.adapters.cache_gb * 2**30))
+
+    @cached_property
+    def styles(self) -> Styles:
+        """The styles that a request may name."""
+        return Styles([shipped_styles()], own_styles(), files=True)
 
     @cached_property
     def base(self) -> Any:
@@ -135,9 +149,9 @@ class AutoLoRAPipeline:
         Raises:
             AutoLoRAError: An empty prompt, or a pool or index that cannot be used.
         """
-        request = make_request(self.config, prompt, top_k=k)
+        asked = read_request({"prompt": prompt, "top_k": k})
         with self._lock:
-            return self._planner.retrieve(request, [lora.name for lora in request.tags])
+            return self._planner.choose(asked)
 
     def index(self, rebuild: bool = False, progress: Progress | None = None) -> IndexState:
         """Build the search index or bring it up to date.
@@ -171,7 +185,9 @@ class AutoLoRAPipeline:
             return self._search.open(progress)
 
     def attach(
-        self, adapters: Sequence[tuple[str | LoRA, float]], strategy: str | None = None
+        self,
+        adapters: Sequence[tuple[str | Path | LoRA, float] | LoRAUnit | str],
+        strategy: str | None = None,
     ) -> AttachReport:
         """Attach adapters until `detach`; calls then use them and retrieve nothing.
 
@@ -179,8 +195,9 @@ class AutoLoRAPipeline:
         costs what differs.
 
         Args:
-            adapters: Pairs ``(adapter, strength)``, the adapter by its name in the pool or as a
-                `LoRA`. They replace what was attached before.
+            adapters: Pairs ``(adapter, strength)``, the adapter by its name in the pool, by the
+                path of its file, or as a `LoRA`; or LoRA units. They replace what was attached
+                before.
             strategy: How they are fused; None is the configured one. ``merged`` changes the weights
                 themselves until `detach`, which restores them to the bit.
 
@@ -194,15 +211,15 @@ class AutoLoRAPipeline:
         from autolora.fusion import linear_shapes
 
         with self._lock:
-            loras = [
-                self.pool.load(lora) if isinstance(lora, str) else lora for lora, _ in adapters
-            ]
-            chosen = [
-                Chosen(lora, strength, "attached")
-                for lora, (_, strength) in zip(loras, adapters, strict=True)
-            ]
+            chosen = [self._to_attach(entry) for entry in adapters]
             keep_fitting(chosen, linear_shapes(self._denoiser), [])
             return self._attachments.attach(chosen, strategy or self.config.strategy)
+
+    def _to_attach(self, entry: tuple[str | Path | LoRA, float] | LoRAUnit | str) -> Chosen:
+        if isinstance(entry, tuple) and not isinstance(entry[0], (str, Path)):
+            return Chosen(entry[0], entry[1], "attached")
+        (unit,) = read_units([entry])
+        return load_pick(lambda: self.pool, self.cache, Pick(unit, "attached"))
 
     def set_strengths(self, strengths: Mapping[str, float]) -> None:
         """Change how strongly attached adapters act; the others keep their strength.
@@ -239,28 +256,14 @@ class AutoLoRAPipeline:
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | GenerateRequest,
         seed: int = 0,
         *,
-        loras: Sequence[str | tuple[str, float] | AskedLoRA] = (),
-        retrieve: bool = True,
-        top_k: int | None = None,
-        strategy: str | None = None,
-        steps: int | None = None,
-        size: tuple[int, int] | None = None,
-        guidance: float | None = None,
-        negative_prompt: str = "",
-        use_triggers: bool = True,
-        text_encoders: bool | None = None,
-        image: Image | Path | None = None,
-        strength: float | None = None,
-        mask: Image | Path | None = None,
-        control: Sequence[Control | str] = (),
-        inputs: Mapping[str, Any] | None = None,
         planned: Callable[[Report], None] | None = None,
         progress: Progress | None = None,
         preview: Preview | None = None,
         preview_every: int = 1,
+        **fields: Any,
     ) -> Output:
         """Generate a picture.
 
@@ -270,30 +273,15 @@ class AutoLoRAPipeline:
         were before, also after an error.
 
         Args:
-            prompt: What the picture shall show.
+            prompt: What the picture shall show, or all of what is asked for.
             seed: Seed of the noise.
-            loras: Names in the pool, alone or with a strength; a tag of the same name wins.
-            retrieve: Whether to search the pool at all.
-            top_k: Most adapters in all; None, like the following, is the configured value.
-            strategy: How they are fused.
-            steps: Denoising steps.
-            size: Width and height in pixels.
-            guidance: Guidance scale.
-            negative_prompt: What the picture shall not show.
-            use_triggers: Whether to add missing trigger words to the prompt.
-            text_encoders: Whether adapters also act on the text encoders, where they have parts
-                for them and the base model has these; None is the configured choice.
-            image: Picture to redraw, or its file; without ``size`` the result has its size.
-            strength: Part of it that is redrawn, in (0, 1]; None is 0.6.
-            mask: Picture of the same size, white where it is redrawn.
-            control: Pictures that guide through the base model's ControlNets, also as text
-                ``TYPE=FILE:SCALE``.
-            inputs: Further inputs of DiffSynth's pipeline by their names there.
             planned: Called once before the first step, with all of the report but how it went.
             progress: Called with steps done and steps in all; what it raises ends the call.
             preview: Called with steps done and the model's guess of the finished picture; what
                 it raises ends the call.
             preview_every: Steps from one preview to the next.
+            **fields: Fields of `autolora.request.GenerateRequest`, such as ``loras``, ``steps`` or
+                ``size=(width, height)``.
 
         Returns:
             Picture, hits, the prompt that the model read, and the report.
@@ -301,38 +289,15 @@ class AutoLoRAPipeline:
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
-        images, _ = GivenImages.of(
-            {
-                "image": image,
-                "strength": strength,
-                "mask": mask,
-                "control": control,
-                "inputs": inputs,
-            }
-        )
-        with self._lock:
-            plan = self._planner.plan(
-                prompt,
-                seed,
-                loras=loras,
-                retrieve=retrieve,
-                top_k=top_k,
-                strategy=strategy,
-                steps=steps,
-                size=size,
-                guidance=guidance,
-                negative_prompt=negative_prompt,
-                use_triggers=use_triggers,
-                text_encoders=text_encoders,
-                images=images,
-            )
-            if planned is not None:
-                planned(plan.report)
-            return self._make(plan, [seed], progress, preview, preview_every)[0]
+        seed = prompt.seed if isinstance(prompt, GenerateRequest) else seed
+        watching: dict[str, Any] = {"progress": progress, "preview": preview, "planned": planned}
+        return self.generate_many(
+            prompt, [seed], **watching, preview_every=preview_every, **fields
+        )[0]
 
     def generate_many(
         self,
-        prompt: str,
+        prompt: str | GenerateRequest,
         seeds: Sequence[int],
         *,
         batch: int = 1,
@@ -341,14 +306,15 @@ class AutoLoRAPipeline:
         progress: Progress | None = None,
         preview: Preview | None = None,
         preview_every: int = 1,
-        **options: Any,
+        picks: Sequence[Pick] | None = None,
+        **fields: Any,
     ) -> list[Output]:
         """Generate several pictures that differ in their seeds only.
 
         The pool is searched, adapters are attached and the prompt is read once.
 
         Args:
-            prompt: What the pictures shall show.
+            prompt: What the pictures shall show, or all of what is asked for.
             seeds: Seeds of the noises.
             batch: Pictures to draw at once. With 1 every picture is the same to the byte as one
                 that is drawn alone; with more, single pixels may differ by a grey level, and each
@@ -359,7 +325,8 @@ class AutoLoRAPipeline:
             progress: Called with steps done and steps in all, over all pictures.
             preview: As for a call; of a batch the first picture is shown.
             preview_every: Steps from one preview to the next.
-            **options: The further options of a call, such as ``steps``.
+            picks: The adapters, where they have been chosen already.
+            **fields: As for a call.
 
         Returns:
             One output per seed, in their order; none where `drawn` was given them.
@@ -370,14 +337,30 @@ class AutoLoRAPipeline:
         if not seeds:
             return []
         check_batch(batch)
+        asked = self._asked(prompt, fields).changed(seed=seeds[0])
         for seed in seeds:
-            make_request(self.config, prompt, seed=seed)
-        images, options = GivenImages.of(options)
+            check_seed(seed)
         with self._lock:
-            plan = self._planner.plan(prompt, seeds[0], images=images, **options)
+            plan = self._planner.plan(asked, self._style(asked), picks)
             if planned is not None:
                 planned(plan.report)
             return self._make(plan, seeds, progress, preview, preview_every, batch, drawn)
+
+    def check(self, asked: GenerateRequest) -> None:
+        """Find what is wrong with a request before anything slow begins.
+
+        Raises:
+            AutoLoRAError: Something that was asked for is not possible.
+        """
+        self._planner.check(asked, self._style(asked))
+
+    def _style(self, asked: GenerateRequest) -> Style:
+        return self.styles.get(asked.style)
+
+    def _asked(self, prompt: str | GenerateRequest, fields: dict[str, Any]) -> GenerateRequest:
+        if isinstance(prompt, GenerateRequest):
+            return prompt.changed(**fields) if fields else prompt
+        return read_request({"prompt": prompt, **fields})
 
     def _make(
         self,
@@ -395,5 +378,18 @@ class AutoLoRAPipeline:
         acting = self._attachments.in_force(
             plan.chosen, report.strategy, report.notes, report.text_encoders
         )
-        watch = Watch(progress, preview, preview_every)
+        follow = by_step(self._denoiser, plan.chosen, plan.request.steps)
+        watch = Watch(_both(follow, progress), preview, preview_every)
         return make_pictures(self.base, plan, acting, seeds, watch, batch, drawn)
+
+
+def _both(first: Progress | None, then: Progress | None) -> Progress | None:
+    """Call two where there are two."""
+    if first is None or then is None:
+        return first or then
+
+    def both(done: int, total: int) -> None:
+        first(done, total)
+        then(done, total)
+
+    return both

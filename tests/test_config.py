@@ -28,7 +28,7 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("kind: sdxl", ["kind must be one of", "sdxl"]),
+        ("kind: sd9", ["kind must be one of", "sd9"]),
         ("storage: int4", ["storage must be one of"]),
         ("storage: bfloat16\ncompute: float32", ["bfloat16", "float32"]),
         ("steps: 0", ["steps must be between 1 and 200, not 0"]),

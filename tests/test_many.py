@@ -116,7 +116,7 @@ def test_no_seeds_are_no_pictures_and_wrong_ones_are_refused_first(pipe) -> None
     with pytest.raises(GenerationError, match="Seed"):
         pipe.generate_many("a cat", [1, -1], planned=planned.append)
     assert not planned
-    with pytest.raises(TypeError, match="stepz"):
+    with pytest.raises(GenerationError, match="stepz"):
         pipe.generate_many("a cat", [1], stepz=3)
 
 

@@ -18,9 +18,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +33,7 @@ from autolora.cli.output import (
     PoolFolder,
     complete_loras,
     complete_strategies,
+    complete_styles,
     examples,
     open_pipeline,
     print_json,
@@ -45,13 +44,13 @@ from autolora.errors import AutoLoRAError, ConfigError, GenerationError, shown
 if TYPE_CHECKING:
     from autolora.generate.report import Output, Report
     from autolora.pipeline import AutoLoRAPipeline
+    from autolora.request import GenerateRequest
 
 MAX_COUNT = 10_000
 """Most pictures of one command."""
 MAX_RANDOM_SEED = 2**32 - 1
 """Largest seed that is drawn at random, as other programs take no larger ones."""
 _RANGE = re.compile(r"([0-9]{1,19})(?:-|\.\.)([0-9]{1,19})")
-_CHECKED = ("steps", "size", "guidance", "top_k", "negative_prompt")
 
 
 @dataclass
@@ -59,33 +58,26 @@ class Job:
     """Pictures to draw that differ in their seeds only.
 
     Attributes:
-        prompt: Their prompt.
+        asked: What is asked for; its seed is not used.
         seeds: Their seeds, each once.
         out: What ``--out`` says.
-        options: More for the call of the pipeline.
         batch: How many to draw at once.
         name: What files are named after, where it is not the prompt.
         recorded: Report of the picture that is repeated: one with its seed gets its facts.
         notes: What differs from that picture.
     """
 
-    prompt: str
+    asked: GenerateRequest
     seeds: Sequence[int]
     out: str | None
-    options: dict[str, Any]
     batch: int = 1
     name: str | None = None
     recorded: Report | None = None
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def retrieves(self) -> bool:
-        """Whether the pool is searched."""
-        return bool(self.options.get("retrieve", True))
-
     def target(self, seed: int) -> Path:
         """The file to write; another name is taken where that is there."""
-        return picture_name(self.out, self.name or self.prompt, seed, len(self.seeds) > 1)
+        return picture_name(self.out, self.name or self.asked.prompt, seed, len(self.seeds) > 1)
 
     def drawn_seeds(self) -> tuple[list[int], int]:
         """Seeds to draw and how many at once; a batch is repeated as a whole to the byte."""
@@ -101,18 +93,19 @@ class Job:
             AutoLoRAError: Something that was asked for is not possible.
         """
         from autolora.generate.png import check_folder
-        from autolora.images import GivenImages
-        from autolora.request import check_batch, make_request
+        from autolora.request import check_batch, check_seed
 
         check_batch(self.batch)
-        images, rest = GivenImages.of(self.options)
-        options = {name: rest[name] for name in _CHECKED if name in rest}
-        options["images"] = images
+        pipe.check(self.asked)
         for seed in self.seeds:
-            request = make_request(pipe.config, self.prompt, seed=seed, **options)
+            check_seed(seed)
             check_folder(self.target(seed))
-        for entry in (*self.options.get("loras", ()), *request.tags):
-            pipe.pool.entry(entry.name)
+
+    def open_index(self, pipe: AutoLoRAPipeline) -> None:
+        """Bring the search index up to date where it is needed, under a bar."""
+        if self.asked.retrieve:
+            with IndexBar() as bar:
+                pipe.open_index(bar.update)
 
 
 def draw(
@@ -145,13 +138,12 @@ def draw(
             saved({"path": str(path), **output.report.to_dict()})
 
         pipe.generate_many(
-            job.prompt,
+            job.asked,
             seeds,
             batch=batch,
             planned=view.planned,
             progress=view.step,
             drawn=save,
-            **job.options,
         )
 
 
@@ -187,7 +179,8 @@ def recorded_job(
     """
     from autolora.generate.reproduce import check, load_report, repeat_options
     from autolora.images import GivenImages
-    from autolora.request import merge_asked, parse_prompt
+    from autolora.request import parse_prompt, read_request
+    from autolora.unit import merge_units, read_units
 
     report = load_report(picture)
     try:
@@ -199,10 +192,11 @@ def recorded_job(
             f"{shown(picture)} was made with base model {shown(report.model)!r}, which is not "
             "known by that name here; name its configuration by --model."
         ) from error
-    notes = check(report, pipe, force)
+    loras = read_units(changes.get("loras", ()))
+    asked = (*loras, *(parse_prompt(prompt).loras if prompt else ()))
+    notes = check(report, pipe, force, [unit.name for unit in loras if unit.path is not None])
     print_notes(notes)
     options = {**repeat_options(report), **changes}
-    asked = (*changes.get("loras", ()), *(parse_prompt(prompt).loras if prompt else ()))
     images = GivenImages.of(options)[0].facts()
     if report.images and not changes.keys() & {"image", "control", "inputs"}:
         raise GenerationError(
@@ -214,18 +208,18 @@ def recorded_job(
         images = GivenImages.of(options)[0].facts()
     if images != report.images:
         notes = [*notes, "It starts from other pictures than the first one did."]
-    options["loras"] = merge_asked(repeat_options(report)["loras"], asked)
+    options["loras"] = merge_units(repeat_options(report)["loras"], asked)
     if prompt is not None and "use_triggers" not in changes:
         options["use_triggers"] = True
+    options["prompt"] = report.used_prompt if prompt is None else prompt
     numbers = list(seeds) or [report.seed]
     exact = not changes and prompt is None and batch is None
     # One of several seeds is drawn alone, which is no repetition of a picture from a batch.
     exact = exact and (not report.batch or numbers == [report.seed])
     return pipe, Job(
-        prompt=report.used_prompt if prompt is None else prompt,
+        asked=read_request(options),
         seeds=numbers,
         out=out,
-        options=options,
         batch=1 if batch is None else batch,
         name=report.prompt if prompt is None else None,
         recorded=report if exact else None,
@@ -323,7 +317,7 @@ Asked = Annotated[
     typer.Option(
         "--lora",
         metavar="NAME[:0.8]",
-        help="Take this LoRA, at this strength; repeatable.",
+        help="Take this LoRA, or file, at this strength; repeatable.",
         autocompletion=complete_loras,
         show_default=False,
     ),
@@ -340,6 +334,16 @@ StrategyName = Annotated[
         metavar="NAME",
         help="How LoRAs are fused.",
         autocompletion=complete_strategies,
+        show_default=False,
+    ),
+]
+StyleName = Annotated[
+    str | None,
+    typer.Option(
+        "--style",
+        metavar="NAME",
+        help="A style of the console, or a .yaml file.",
+        autocompletion=complete_styles,
         show_default=False,
     ),
 ]
@@ -457,6 +461,7 @@ def generate(
     no_retrieval: NoRetrieval = False,
     top_k: TopK = None,
     strategy: StrategyName = None,
+    style: StyleName = None,
     text_encoders: TextEncoders = None,
     steps: Steps = None,
     seed: Seeds = None,
@@ -477,17 +482,18 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Draw pictures for a prompt, or repeat one."""
-    from autolora.request import parse_lora, parse_size
+    from autolora.request import read_request
 
     given: dict[str, Any] = {
-        "size": None if size is None else parse_size(size),
+        "size": size,
         "steps": steps,
         "guidance": guidance,
         "top_k": top_k,
         "negative_prompt": negative,
-        "loras": [parse_lora(entry) for entry in lora or []] or None,
+        "loras": lora or None,
         "retrieve": False if no_retrieval else None,
         "strategy": strategy,
+        "style": style,
         "use_triggers": False if no_triggers else None,
         "text_encoders": text_encoders,
         "image": image,
@@ -517,41 +523,13 @@ def generate(
         if text is None:
             raise GenerationError("Missing argument PROMPT; say what the picture shall show.")
         pipe = open_pipeline(model, pool)
-        job = Job(text, seeds or [0], out, options, at_once)
+        job = Job(read_request({**options, "prompt": text}), seeds or [0], out, at_once)
     job.check(pipe)
-    if job.retrieves:
-        with IndexBar() as bar:
-            pipe.open_index(bar.update)
+    job.open_index(pipe)
     facts: list[dict[str, Any]] = []
     draw(pipe, job, as_json, facts.append)
     if as_json:
         print_json({"pictures": facts})
-
-
-KEYS: Mapping[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "seed": (int, str),
-    "count": (int,),
-    "batch": (int,),
-    "steps": (int,),
-    "size": (str,),
-    "guidance": (Real,),
-    "negative": (str,),
-    "loras": (list,),
-    "top_k": (int,),
-    "strategy": (str,),
-    "retrieve": (bool,),
-    "triggers": (bool,),
-    "text_encoders": (bool,),
-    "image": (str,),
-    "strength": (Real,),
-    "mask": (str,),
-    "control": (list,),
-    "out": (str,),
-}
-"""What a line's JSON object may say, as the options of the command do."""
-_RENAMED = {"negative": "negative_prompt", "triggers": "use_triggers"}
-_NOT_PASSED_ON = ("prompt", "seed", "count", "batch", "out")
 
 
 def run_batch(
@@ -582,9 +560,7 @@ def run_batch(
         try:
             job = read_line(line, options, seeds, batch, out)
             job.check(pipe)
-            if job.retrieves:
-                with IndexBar() as bar:
-                    pipe.open_index(bar.update)
+            job.open_index(pipe)
             draw(pipe, job, True, partial(_answer, number))
         except AutoLoRAError as error:
             failed += 1
@@ -598,7 +574,7 @@ def read_line(
     """Read one line.
 
     Args:
-        line: A prompt, or a JSON object with keys of `KEYS`.
+        line: A prompt, or a JSON object with the fields of `autolora.request.LineRequest`.
         options: For the call of the pipeline; the line's own win.
         seeds: Where the line names none.
         batch: Where the line says nothing, like `out`.
@@ -613,12 +589,19 @@ def read_line(
     text = line.removeprefix("\ufeff").strip()
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise GenerationError("The line is not valid UTF-8.")
-    wishes: dict[str, Any] = _read_object(text) if text.startswith("{") else {"prompt": text}
-    prompt = wishes["prompt"]
-    named = [str(wishes["seed"])] if "seed" in wishes else []
-    numbers = read_seeds(named, wishes.get("count")) or seeds or [0]
-    merged = {**options, **_call_options(wishes)}
-    return Job(prompt, numbers, wishes.get("out", out), merged, wishes.get("batch", batch))
+    from autolora.request import LineRequest, read_request
+
+    raw = _read_object(text) if text.startswith("{") else {"prompt": text}
+    line_says = read_request(raw, LineRequest).fields()
+    own = {key: line_says.pop(key) for key in ("seed", "count", "batch", "out") if key in line_says}
+    usual = read_request({"prompt": "-", **options}).fields()
+    named = [str(own["seed"])] if "seed" in own else []
+    return Job(
+        read_request({**usual, **line_says}),
+        read_seeds(named, own.get("count")) or seeds or [0],
+        own.get("out", out),
+        own.get("batch", batch),
+    )
 
 
 def _read_object(text: str) -> dict[str, Any]:
@@ -626,42 +609,9 @@ def _read_object(text: str) -> dict[str, Any]:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GenerationError(f"The line is not valid JSON: {shown(error)}.") from error
-    for key, value in found.items():
-        if key not in KEYS:
-            close = get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(KEYS)}."
-            raise GenerationError(f"Unknown key {shown(key, 60)!r}; {hint}")
-        wrong_bool = isinstance(value, bool) and bool not in KEYS[key]
-        if wrong_bool or not isinstance(value, KEYS[key]):
-            kinds = " or ".join(_WORDS[kind] for kind in KEYS[key])
-            raise GenerationError(f"{key} must be {kinds}, not {shown(json.dumps(value), 60)}.")
     if "prompt" not in found:
         raise GenerationError("The line's object has no prompt.")
     return dict(found)
-
-
-_WORDS = {
-    str: "text",
-    int: "a whole number",
-    Real: "a number",
-    bool: "true or false",
-    list: "a list",
-}
-
-
-def _call_options(wishes: Mapping[str, Any]) -> dict[str, Any]:
-    from autolora.request import parse_lora, parse_size
-
-    options = {
-        _RENAMED.get(key, key): value for key, value in wishes.items() if key not in _NOT_PASSED_ON
-    }
-    if "size" in options:
-        options["size"] = parse_size(options["size"])
-    if "loras" in options:
-        if not all(isinstance(entry, str) for entry in options["loras"]):
-            raise GenerationError('loras must be a list of texts such as "neon:0.8".')
-        options["loras"] = [parse_lora(entry) for entry in options["loras"]]
-    return options
 
 
 def _answer(number: int, facts: Mapping[str, Any]) -> None:

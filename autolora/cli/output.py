@@ -262,6 +262,13 @@ def complete_strategies(incomplete: str) -> list[str]:
     return _starting(incomplete, STRATEGIES)
 
 
+def complete_styles(incomplete: str) -> list[str]:
+    """Complete the name of a style."""
+    from autolora.styles import Styles, own_styles, shipped_styles
+
+    return _starting(incomplete, [s.name for s in Styles([shipped_styles()], own_styles()).all()])
+
+
 def _lora_names(context: typer.Context) -> Iterator[str]:
     from autolora.config import load_config
     from autolora.lora import Pool

@@ -29,15 +29,17 @@ from autolora.console.jobs import JobView
 from autolora.console.models import (
     CardsRequest,
     GenerateAnswer,
-    GenerateRequest,
     Problem,
     QueueAnswer,
     SearchAnswer,
+    ServerRequest,
+    read_desk,
+    request_of_report,
 )
-from autolora.console.orders import Order, Selection, order_of_report
 from autolora.console.studio import Studio
 from autolora.errors import AutoLoRAError, GenerationError, LoRAFormatError, PoolError, shown
-from autolora.request import parse_prompt
+from autolora.request import parse_prompt, read_request, request_error
+from autolora.schema import problems
 
 
 def picture_answer(picture: Picture, image: bool) -> dict[str, Any]:
@@ -116,13 +118,17 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def problem(_: Request, error: Exception) -> JSONResponse:
         status = 404 if isinstance(error, Missing) else 400
-        return JSONResponse({"error": str(error)}, status)
+        where = error.where if isinstance(error, AutoLoRAError) else ""
+        return JSONResponse({"error": str(error), "where": where}, status)
 
     def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse({"error": f"{shown(where)}: {shown(first['msg'])}."}, 422)
+        found = [
+            {**entry, "loc": tuple(part for part in entry["loc"] if part != "body")}
+            for entry in error.errors()
+        ]
+        said = request_error(problems(ServerRequest, found))
+        return JSONResponse({"error": str(said), "where": said.where}, 422)
 
     app.add_exception_handler(AutoLoRAError, problem)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -144,7 +150,7 @@ def make_router(studio: Studio) -> APIRouter:
 
 def _add_generate(router: APIRouter, studio: Studio) -> None:
     @router.post("/generate", responses=_BAD, response_model=GenerateAnswer)
-    async def generate(body: GenerateRequest, request: Request) -> Any:
+    async def generate(body: ServerRequest, request: Request) -> Any:
         """Draw pictures.
 
         The answer comes when they are finished: JSON, or the PNG file of the first one where
@@ -152,12 +158,11 @@ def _add_generate(router: APIRouter, studio: Studio) -> None:
         come as they happen, one JSON object per line (or as server-sent events): `progress`,
         `picture`, and at the end `done` or `error`. Closing the connection ends the job.
         """
-        order = body.order()
         owner = f"api-{id(request)}"
         accepted = request.headers.get("accept", "")
         if body.stream or EVENT_STREAM in accepted:
             sse = EVENT_STREAM in accepted
-            events = _stream(studio, order, owner, body.image, sse)
+            events = _stream(studio, body, owner, body.image, sse)
             first = await anext(events)  # what is wrong at once is answered with its status
             return StreamingResponse(
                 _rest(first, events),
@@ -165,7 +170,7 @@ def _add_generate(router: APIRouter, studio: Studio) -> None:
                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
             )
         last: JobView | None = None
-        async with aclosing(studio.run(order, owner)) as views:
+        async with aclosing(studio.run(body, owner)) as views:
             async for view in views:
                 last = view
                 if await request.is_disconnected():
@@ -180,7 +185,7 @@ def _add_generate(router: APIRouter, studio: Studio) -> None:
 
 
 async def _stream(
-    studio: Studio, order: Order, owner: str, image: bool, sse: bool
+    studio: Studio, order: ServerRequest, owner: str, image: bool, sse: bool
 ) -> AsyncGenerator[bytes, None]:
     sent = 0
     async with aclosing(studio.run(order, owner)) as views:
@@ -253,7 +258,7 @@ def _png_body() -> dict[str, Any]:
 def _settings_of_png(data: bytes) -> dict[str, Any]:
     import tempfile
 
-    from autolora.generate.report import read_report
+    from autolora.generate.report import Report, read_report
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "picture.png"
@@ -262,7 +267,7 @@ def _settings_of_png(data: bytes) -> dict[str, Any]:
             report = read_report(path)
         except GenerationError as error:
             raise GenerationError(str(error).replace(str(path), "The file")) from error
-    order = order_of_report(report)
+    order = request_of_report(Report.from_dict(report))
     return {"order": order.to_dict(), "model": str(report.get("model", ""))}
 
 
@@ -275,7 +280,7 @@ def _add_search(router: APIRouter, studio: Studio) -> None:
         """Rank the pool for a prompt, and say what a picture would take."""
         parsed = parse_prompt(q)
         words = parsed.text or " ".join(lora.name for lora in parsed.loras)
-        plan = studio.plan(q)
+        plan = studio.plan(read_request({"prompt": q}, ServerRequest))
         chosen = {card.item.name for card in plan.cards}
         hits = [
             {
@@ -293,7 +298,8 @@ def _add_search(router: APIRouter, studio: Studio) -> None:
     @router.post("/cards", responses=_BAD)
     def cards(body: CardsRequest) -> dict[str, Any]:
         """Say which adapters a picture would take, for a prompt that is being typed."""
-        plan = studio.plan(body.prompt, Selection.from_dict(body.selection))
+        asked = {**read_desk(body.selection), "prompt": body.prompt}
+        plan = studio.plan(read_request(asked, ServerRequest))
         return {**plan.to_dict(), "ready": studio.desk.ready, "indexing": studio.is_indexing}
 
 
@@ -305,14 +311,14 @@ def _add_styles(router: APIRouter, studio: Studio) -> None:
         names = set(known.names) if known is not None else set()
         listed = []
         for style in studio.styles.all():
-            missing = [name for name, _ in style.adapters if name not in names]
+            missing = [unit.name for unit in style.loras if unit.name not in names]
             listed.append({**style.to_dict(), "missing": missing})
         return listed
 
     @router.post("/styles", responses=_BAD)
-    def save_style(body: GenerateRequest, name: str, title: str = "") -> dict[str, Any]:
+    def save_style(body: ServerRequest, name: str, title: str = "") -> dict[str, Any]:
         """Save the adapters that a request would take as a style."""
-        return studio.save_style(name, title, body.order()).to_dict()
+        return studio.save_style(name, title, body).to_dict()
 
 
 def dump(event: dict[str, Any]) -> bytes:

@@ -1,23 +1,23 @@
 """Which adapters a picture would take, as cards: found by the search, pinned, or from a style.
 
-The same function answers while somebody types and when the picture is made, so that the picture
-takes what the cards showed.
+The planner that answers while somebody types also makes the picture, so that the picture takes
+what the cards showed.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from autolora.config import top_k_problem
+from autolora.config import PipelineConfig
 from autolora.console.catalog import Catalog, Item
-from autolora.console.orders import Selection
-from autolora.console.styles import Style
-from autolora.errors import AutoLoRAError, PoolError
-from autolora.request import ParsedPrompt, check_strength, parse_prompt
+from autolora.errors import AutoLoRAError
+from autolora.generate.plan import Pick, pick
+from autolora.request import GenerateRequest, ParsedPrompt, parse_prompt
+from autolora.styles import Style
 
 if TYPE_CHECKING:
     from autolora.generate.search import IndexState
@@ -29,19 +29,24 @@ POOL_LOOK = 2.0
 
 @dataclass(frozen=True)
 class Card:
-    """An adapter that a picture would take.
+    """An adapter that a picture would take: a view of what the planner picked.
 
     Attributes:
         item: The LoRA.
         strength: Its strength.
-        source: ``prompt`` (a tag), ``pinned``, ``style`` or ``found``.
+        pick: What the planner says of it.
         hit: What the search said; None where it was not asked or did not find it.
     """
 
     item: Item
     strength: float
-    source: str
+    pick: Pick
     hit: Hit | None = None
+
+    @property
+    def source(self) -> str:
+        """``prompt`` (a tag), ``pinned``, ``style``, ``model`` or ``found``."""
+        return self.pick.source
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -51,6 +56,7 @@ class Card:
             "strength": self.strength,
             "usual": self.item.strength,
             "source": self.source,
+            "unit": {} if self.pick.unit.bare else self.pick.unit.to_dict(),
             "score": None if hit is None else round(hit.score, 4),
             "why": "" if hit is None else hit.why,
             "channels": {} if hit is None else {n: round(p, 4) for n, p in hit.channels.items()},
@@ -63,19 +69,19 @@ class Plan:
     """What a picture would be made with.
 
     Attributes:
-        typed: The prompt as it was typed.
+        asked: What was asked for.
+        style: The style in force.
         prompt: The prompt in its style, without tags; the trigger words come later.
         cards: The adapters, in order.
         strategy: How they are fused.
-        negative_prompt: What the style adds to the negative prompt.
         notes: What the user should know, one sentence each.
     """
 
-    typed: str
+    asked: GenerateRequest
+    style: Style
     prompt: str
     cards: list[Card]
     strategy: str
-    negative_prompt: str = ""
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,7 +141,7 @@ class SearchDesk:
             self._stale()
 
     def choose(self, prompt: str, k: int, taken: Collection[str]) -> list[Hit]:
-        """Choose adapters as the pipeline does, in its order.
+        """Choose adapters as the pipeline does.
 
         Args:
             prompt: What is wanted, without tags.
@@ -147,8 +153,7 @@ class SearchDesk:
         state = self._state
         if state is None or k < 1 or not prompt:
             return []
-        hits = choose(state.searcher, prompt, k, taken=taken)
-        return sorted(hits, key=lambda hit: (-round(hit.score, 3), hit.name))
+        return choose(state.searcher, prompt, k, taken=taken)
 
     def search(self, prompt: str, k: int) -> list[Hit]:
         """Rank the pool for a prompt without tags, best first."""
@@ -165,23 +170,17 @@ def make_plan(
     desk: SearchDesk,
     catalog: Catalog,
     style: Style,
-    prompt: str,
-    selection: Selection,
-    default_strategy: str,
-    default_top_k: int,
-    strategy: str | None = None,
+    asked: GenerateRequest,
+    config: PipelineConfig,
 ) -> Plan:
     """Decide what a picture would be made with.
 
     Args:
         desk: The search.
         catalog: The pool.
-        style: The style that the selection names.
-        prompt: The prompt as it was typed; without one there are only adapters that were named.
-        selection: Which adapters shall take part.
-        default_strategy: Where neither the order nor the style says how to fuse.
-        default_top_k: Most adapters, where the selection does not say.
-        strategy: How to fuse, where the order says so.
+        style: The style that the request names.
+        asked: What is asked for; without a prompt there are only adapters that were named.
+        config: The base model's configuration.
 
     Returns:
         The plan.
@@ -190,85 +189,23 @@ def make_plan(
         AutoLoRAError: A tag that is not understood, or a name that is not in the pool where
             somebody asked for it.
     """
-    parsed = parse_prompt(prompt) if prompt.strip() else ParsedPrompt("", ())
-    top_k = default_top_k if selection.top_k is None else selection.top_k
-    if problem := top_k_problem(top_k):
-        raise PoolError(f"{problem[0].upper()}{problem[1:]}.")
+    words = parse_prompt(asked.prompt) if asked.prompt.strip() else ParsedPrompt("", ())
+    picks = pick(asked, words.text, words.loras, style, config, desk.choose, "pinned")
     notes: list[str] = []
-    asked = _asked(parsed, selection, style)
-    chosen: dict[str, Card] = {}
-    for name, (strength, source) in asked.items():
-        if name in selection.dropped and source == "style":
+    cards = []
+    for entry in picks:
+        try:
+            item = catalog.item(entry.unit.name)
+        except AutoLoRAError as error:
+            if entry.source not in ("style", "found"):
+                raise
+            notes.append(f"Left out: {error}")
             continue
-        card = _card(catalog, name, strength, source, selection, notes)
-        if card is not None:
-            chosen[name] = card
-    if selection.automatic and style.automatic:
-        found = _found(desk, parsed.text, top_k - len(chosen), chosen, selection.dropped)
-        for hit in found:
-            card = _card(catalog, hit.name, None, "found", selection, notes, hit)
-            if card is not None:
-                chosen[hit.name] = card
-    cards = _with_scores(desk, parsed.text, chosen.values())
-    return Plan(
-        prompt,
-        style.fill(parsed.text),
-        cards,
-        strategy or style.strategy or default_strategy,
-        style.negative_prompt,
-        notes,
-    )
-
-
-def _asked(
-    parsed: ParsedPrompt, selection: Selection, style: Style
-) -> dict[str, tuple[float | None, str]]:
-    """Adapters that somebody named, with strength and source; a tag wins over a pin."""
-    asked: dict[str, tuple[float | None, str]] = {}
-    for lora in parsed.loras:
-        asked[lora.name] = (lora.strength, "prompt")
-    for name, strength in selection.pinned.items():
-        asked.setdefault(name, (strength, "pinned"))
-    for name, strength in style.adapters:
-        asked.setdefault(name, (strength, "style"))
-    return asked
-
-
-def _found(
-    desk: SearchDesk, prompt: str, k: int, taken: Collection[str], dropped: Sequence[str]
-) -> list[Hit]:
-    """What the search adds; one that was dropped leaves its words unanswered."""
-    hits = desk.choose(prompt, k + len(dropped) if k > 0 else 0, list(taken))
-    return [hit for hit in hits if hit.name not in dropped][: max(k, 0)]
-
-
-def _card(
-    catalog: Catalog,
-    name: str,
-    strength: float | None,
-    source: str,
-    selection: Selection,
-    notes: list[str],
-    hit: Hit | None = None,
-) -> Card | None:
-    """A card; what is not in the pool any more is an error only where a person named it."""
-    try:
-        item = catalog.item(name)
-    except AutoLoRAError as error:
-        if source in ("prompt", "pinned"):
-            raise
-        notes.append(f"Left out: {error}")
-        return None
-    value = selection.strengths.get(name, item.strength if strength is None else strength)
-    return Card(item, check_strength(name, value), source, hit)
-
-
-def _with_scores(desk: SearchDesk, prompt: str, cards: Iterable[Card]) -> list[Card]:
-    """Say of named adapters, too, how well the search thinks that they fit."""
-    listed = list(cards)
-    unknown = {card.item.name for card in listed if card.hit is None}
-    hits = desk.scores(prompt, unknown) if unknown else {}
-    return [
-        Card(card.item, card.strength, card.source, card.hit or hits.get(card.item.name))
-        for card in listed
-    ]
+        wanted = entry.unit.strength
+        cards.append(Card(item, item.strength if wanted is None else wanted, entry, entry.hit))
+    unknown = {card.item.name for card in cards if card.hit is None}
+    hits = desk.scores(words.text, unknown) if unknown else {}
+    cards = [replace(card, hit=card.hit or hits.get(card.item.name)) for card in cards]
+    strategies = (asked.strategy, style.strategy, config.strategy)
+    strategy = next(name for name in strategies if name is not None)
+    return Plan(asked, style, style.fill(words.text), cards, strategy, notes)

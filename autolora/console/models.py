@@ -1,76 +1,149 @@
-"""What the HTTP interface takes and gives, as its documentation shows it."""
+"""What page and HTTP interface take and give, as the documentation shows it."""
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, model_validator
 
-from autolora.console.orders import MAX_PICTURES, MAX_STEPS, Order, Selection
+from autolora.errors import GenerationError
+from autolora.generate.report import Report
+from autolora.images import GivenImages
+from autolora.request import MAX_SEED, GenerateRequest, parse_prompt, read_request
+from autolora.unit import MAX_UNITS
+
+MAX_STEPS = 50
+MAX_PICTURES = 20
+RANDOM_SEED = -1
+RANDOM_SEEDS = 2**31
 
 
-class AdapterChoice(BaseModel):
-    """An adapter that takes part in any case."""
+class ServerRequest(GenerateRequest):
+    """What is asked of a server; everything but the prompt may be left out."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    name: str = Field(description="Its name in the pool.", examples=["elephant"])
-    strength: float | None = Field(None, description="Its strength; null is its author's.")
-
-
-class GenerateRequest(BaseModel):
-    """What is asked for; everything but the prompt may be left out."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str = Field(
-        description="What the picture shall show; `<lora:name:0.8>` takes an adapter as asked.",
-        examples=["a neon elephant on a blue background"],
+    seed: int = Field(
+        default=RANDOM_SEED, description="Seed of the first picture; -1 is a random one."
     )
-    negative_prompt: str = Field("", description="What the picture shall not show.")
-    seed: int = Field(-1, description="Seed of the first picture; -1 is a random one.")
-    steps: int | None = Field(None, description=f"Denoising steps, 1 to {MAX_STEPS}.")
-    width: int | None = Field(None, description="Pixels.")
-    height: int | None = Field(None, description="Pixels.")
-    guidance: float | None = Field(None, description="Guidance scale.")
-    count: int = Field(1, description=f"How many pictures, 1 to {MAX_PICTURES}.")
-    strategy: str | None = Field(None, description="How adapters are fused, such as `gated`.")
-    use_triggers: bool = Field(True, description="Add trigger words to the prompt.")
-    compare: bool = Field(
-        False, description="Draw the fused picture, then with each adapter alone, then without."
-    )
-    style: str = Field("", description="Name of a style.")
-    automatic: bool = Field(True, description="Let the search add adapters that fit.")
-    adapters: list[AdapterChoice] = Field(default_factory=list, description="Taken in any case.")
-    drop: list[str] = Field(default_factory=list, description="Not taken although they fit.")
-    strengths: dict[str, float] = Field(
-        default_factory=dict, description="Strengths, by name, of adapters that are found."
-    )
-    top_k: int | None = Field(None, description="Most adapters in all.")
     stream: bool = Field(
-        False, description="Answer with one JSON object per line as the pictures come along."
+        default=False,
+        description="Answer with one JSON object per line as the pictures come along.",
     )
-    image: bool = Field(True, description="Put the PNG files into the answer, as base64.")
+    image: bool = Field(default=True, description="Put the PNG files into the answer, as base64.")
 
-    def order(self) -> Order:
-        """Return what is asked for, checked.
+    def images(self) -> GivenImages:
+        """No pictures: a file that is named here would be one of the server's.
+
+        Raises:
+            GenerationError: There are some.
+        """
+        if self.mask is not None or self.control or self.inputs or self.strength is not None:
+            raise GenerationError("A server takes no pictures to start from.", where="mask")
+        return GivenImages()
+
+    @model_validator(mode="after")
+    def _within_limits(self) -> ServerRequest:
+        """Keep a server from what would take it all, or show what it shall not.
 
         Raises:
             GenerationError: A value is not possible.
         """
-        selection = Selection.from_dict(
-            {
-                "style": self.style,
-                "automatic": self.automatic,
-                "pinned": {entry.name: entry.strength for entry in self.adapters},
-                "dropped": self.drop,
-                "strengths": self.strengths,
-                "top_k": self.top_k,
-                "use_triggers": self.use_triggers,
-            }
-        )
-        shared = set(Order.__dataclass_fields__) & set(type(self).model_fields)
-        return Order(**{name: getattr(self, name) for name in shared}, selection=selection)
+        if not 1 <= self.count <= MAX_PICTURES:
+            raise GenerationError(
+                f"The number of pictures must be between 1 and {MAX_PICTURES}, not {self.count}.",
+                where="count",
+            )
+        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
+            raise GenerationError(
+                f"Steps must be between 1 and {MAX_STEPS}, not {self.steps}.", where="steps"
+            )
+        if not RANDOM_SEED <= self.seed <= MAX_SEED - MAX_PICTURES:
+            raise GenerationError(
+                "The seed must be -1 for a random one, or between 0 and "
+                f"{MAX_SEED - MAX_PICTURES}.",
+                where="seed",
+            )
+        self.images()
+        if any(unit.path is not None for unit in self.loras):
+            raise GenerationError(
+                "A server takes LoRAs of its pool by name, and no files; add the file to the pool.",
+                where="loras",
+            )
+        return self
+
+    def with_seed(self) -> ServerRequest:
+        """Return the request with its seed chosen where it was to be random."""
+        if self.seed != RANDOM_SEED:
+            return self
+        return self.changed(seed=secrets.randbelow(RANDOM_SEEDS))
+
+
+_DESK = ("style", "retrieve", "automatic", "drop", "dropped", "strengths", "top_k", "use_triggers")
+
+
+def read_desk(desk: object) -> dict[str, Any]:
+    """Read what a browser holds of the cards, as fields of a request.
+
+    Args:
+        desk: ``style``, ``automatic``, ``pinned`` (strengths by name), ``dropped``, ``strengths``,
+            ``use_triggers``, and in ``units`` what else a pinned LoRA's unit says, by name.
+
+    Raises:
+        GenerationError: It is nothing of the kind.
+    """
+    if desk is None or desk == "":
+        return {}
+    pinned = desk.get("pinned") or {} if isinstance(desk, Mapping) else None
+    units = desk.get("units") or {} if isinstance(desk, Mapping) else None
+    if not isinstance(desk, Mapping) or not isinstance(units, Mapping):
+        raise GenerationError("The selection of adapters is not understood; reload the page.")
+    if not isinstance(pinned, Mapping) or len(pinned) > MAX_UNITS:
+        raise GenerationError(f"At most {MAX_UNITS} adapters with a strength each can be chosen.")
+    more = {name: unit for name, unit in units.items() if isinstance(unit, Mapping)}
+    loras = [{**more.get(name, {}), "name": name, "strength": s} for name, s in pinned.items()]
+    fields = {key: desk[key] for key in _DESK if desk.get(key) is not None}
+    return {**fields, "loras": loras}
+
+
+def desk_of(asked: GenerateRequest) -> dict[str, Any]:
+    """What a browser holds of a request's adapters; `read_desk` reads it back."""
+    pinned = {unit.name: unit.strength for unit in asked.loras}
+    units = {unit.name: unit.to_dict() for unit in asked.loras if not unit.bare}
+    return {
+        "style": asked.style,
+        "automatic": asked.retrieve,
+        "pinned": pinned,
+        "dropped": list(asked.drop),
+        "strengths": dict(asked.strengths),
+        "use_triggers": asked.use_triggers,
+        **({"units": units} if units else {}),
+    }
+
+
+def request_of_report(report: Report) -> ServerRequest:
+    """Settings that make a picture again, from the report inside it.
+
+    Raises:
+        GenerationError: The report has a value that no server takes.
+    """
+    added = any(used.triggers for used in report.adapters)
+    # Tags would fix what the pins leave free; trigger words that were added are added again.
+    return read_request(
+        {
+            "prompt": parse_prompt(report.prompt).text if added else report.used_prompt,
+            "negative_prompt": report.negative_prompt,
+            "seed": report.seed,
+            "steps": report.steps,
+            "size": (report.width, report.height),
+            "guidance": report.guidance,
+            "strategy": report.strategy,
+            "loras": [used.to_unit() for used in report.adapters],
+            "retrieve": False,
+            "use_triggers": added,
+        },
+        ServerRequest,
+    )
 
 
 class CardsRequest(BaseModel):
@@ -89,7 +162,9 @@ class PictureAnswer(BaseModel):
     label: str = Field(description="What it shows, where a comparison was asked for.")
     seed: int = Field(description="The seed that was used.")
     report: dict[str, Any] = Field(description="How it was made; the PNG holds the same.")
-    png: str | None = Field(None, description="The PNG file in base64, where it was asked for.")
+    png: str | None = Field(
+        default=None, description="The PNG file in base64, where it was asked for."
+    )
 
 
 class GenerateAnswer(BaseModel):
@@ -126,3 +201,4 @@ class Problem(BaseModel):
     """What is wrong, as one sentence."""
 
     error: str
+    where: str = Field(default="", description="The field that is wrong, where it is one.")

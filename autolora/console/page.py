@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -18,10 +19,10 @@ from autolora.console.guard import VISIT_COOKIE
 from autolora.console.history import Picture
 from autolora.console.i18n import LABELS, LANGUAGES, PHRASES, compiled, label, language_of
 from autolora.console.jobs import JobView
-from autolora.console.orders import MAX_PICTURES, MAX_STEPS, Order, Selection, whole_number
+from autolora.console.models import MAX_PICTURES, MAX_STEPS, ServerRequest, desk_of, read_desk
 from autolora.console.studio import Look, Studio
-from autolora.errors import AutoLoRAError, GenerationError
-from autolora.request import parse_size
+from autolora.errors import AutoLoRAError, GenerationError, shown
+from autolora.request import read_request
 
 LANGUAGE_COOKIE = "autolora_language"
 _SHAPES = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
@@ -60,7 +61,7 @@ class Forms:
 
     def selection(self) -> dict[str, Any]:
         """What the desk starts with."""
-        return selection_value(Selection())
+        return desk_of(ServerRequest(prompt=""))
 
     def sizes(self) -> list[str]:
         """Sizes of about the model's usual number of pixels, the usual one first."""
@@ -113,26 +114,27 @@ class Forms:
         except AutoLoRAError as error:
             yield {"state": "failed", "error": str(error), "pictures": []}, *resting
 
-    def order(self, *values: Any) -> Order:
+    def order(self, *values: Any) -> ServerRequest:
         """Read the form.
 
         Raises:
             GenerationError: A value is not possible.
         """
         form = dict(zip(VALUES, values, strict=True))
-        width, height = parse_size(str(form["size"] or ""))
-        return Order(
-            prompt=str(form["prompt"] or ""),
-            negative_prompt=str(form["negative"] or ""),
-            seed=whole_number("The seed", form["seed"]),
-            steps=whole_number("The number of steps", form["steps"]),
-            width=width,
-            height=height,
-            guidance=_number("The guidance", form["guidance"]),
-            count=whole_number("The number of pictures", form["count"]),
-            strategy=str(form["strategy"] or "") or None,
-            compare=bool(form["compare"]),
-            selection=Selection.from_dict(form["desk"]),
+        return read_request(
+            {
+                **read_desk(form["desk"]),
+                "prompt": str(form["prompt"] or ""),
+                "negative_prompt": str(form["negative"] or ""),
+                "seed": whole_number("The seed", form["seed"]),
+                "steps": whole_number("The number of steps", form["steps"]),
+                "size": str(form["size"] or ""),
+                "guidance": _number("The guidance", form["guidance"]),
+                "count": whole_number("The number of pictures", form["count"]),
+                "strategy": str(form["strategy"] or "") or None,
+                "compare": bool(form["compare"]),
+            },
+            ServerRequest,
         )
 
     def stop(self, request: gr.Request) -> None:
@@ -159,15 +161,15 @@ class Forms:
             {"state": "notice", "error": "", "picture": shown},
         ]
 
-    def _restored(self, event: gr.EventData, visit: str) -> tuple[Order, Picture | None]:
+    def _restored(self, event: gr.EventData, visit: str) -> tuple[ServerRequest, Picture | None]:
         """The settings, and the picture where it is one of this visit."""
         data: Mapping[str, Any] = event._data if isinstance(event._data, Mapping) else {}
         if "picture" in data:
             entry = self.studio.visits.find(visit, str(data["picture"]))
             if entry is None:
                 raise GenerationError("This picture is not in the history of this visit any more.")
-            return Order.from_dict(entry.order), entry.picture
-        return Order.from_dict(data["order"]), None
+            return read_request(entry.order, ServerRequest), entry.picture
+        return read_request(data["order"], ServerRequest), None
 
     def reuse(self, event: gr.EventData) -> int:
         """Put a picture's seed into the form."""
@@ -178,15 +180,12 @@ class Forms:
         fields = desk if isinstance(desk, Mapping) else {}
         name = str(fields.get("save_as") or "").strip()
         try:
-            order = Order(
-                prompt=prompt or "",
-                strategy=strategy or None,
-                selection=Selection.from_dict(desk),
-            )
+            asked = {**read_desk(desk), "prompt": prompt or "", "strategy": strategy or None}
+            order = read_request(asked, ServerRequest)
             style = self.studio.save_style(_stem(name), name, order)
         except AutoLoRAError as error:
             return {**fields, "save_as": "", "problem": str(error)}
-        return {**selection_value(Selection(style=style.name)), "saved": name}
+        return {**desk_of(ServerRequest(prompt="", style=style.name)), "saved": name}
 
 
 def part_labels(language: str) -> dict[str, dict[str, Any]]:
@@ -236,19 +235,7 @@ def stage_value(view: JobView) -> dict[str, Any]:
     }
 
 
-def selection_value(selection: Selection) -> dict[str, Any]:
-    """A selection as the desk holds it."""
-    return {
-        "style": selection.style,
-        "automatic": selection.automatic,
-        "pinned": dict(selection.pinned),
-        "dropped": list(selection.dropped),
-        "strengths": dict(selection.strengths),
-        "use_triggers": selection.use_triggers,
-    }
-
-
-def form_values(studio: Studio, order: Order) -> list[Any]:
+def form_values(studio: Studio, order: ServerRequest) -> list[Any]:
     """What the form shows for an order, in the order of `VALUES`."""
     config = studio.pipe.config
     size = f"{order.width or config.width}x{order.height or config.height}"
@@ -262,7 +249,7 @@ def form_values(studio: Studio, order: Order) -> list[Any]:
         order.count,
         order.strategy or "",
         order.compare,
-        selection_value(order.selection),
+        desk_of(order),
     ]
 
 
@@ -276,6 +263,18 @@ def _data_url(look: object) -> str:
 
 def _multiple(side: float) -> int:
     return max(SIZE_MULTIPLE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE)
+
+
+def whole_number(name: str, value: object) -> int:
+    """Read a whole number from a form.
+
+    Raises:
+        GenerationError: It is none.
+    """
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or number != int(number):
+        raise GenerationError(f"{name} must be a whole number, not {shown(value, 40)}.")
+    return int(number)
 
 
 def _number(name: str, value: object) -> float:

@@ -16,15 +16,17 @@ from autolora.console.cards import Card, Plan, SearchDesk, make_plan
 from autolora.console.catalog import Catalog, Covers
 from autolora.console.history import Entry, Picture, PictureStore, Visits
 from autolora.console.jobs import Job, JobCancelled, JobQueue, JobView, Task, unexpected
-from autolora.console.orders import Order, Selection, order_of_report
-from autolora.console.styles import Style, Styles, shipped_styles
+from autolora.console.models import ServerRequest, request_of_report
 from autolora.errors import AutoLoRAError, GenerationError, PoolError
 from autolora.lora import Pool
-from autolora.request import make_request
+from autolora.request import settle
+from autolora.styles import Style, Styles, shipped_styles
+from autolora.unit import check_steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from autolora.generate.report import Report
     from autolora.lora.pool import PoolEntry
     from autolora.pipeline import AutoLoRAPipeline
 
@@ -80,15 +82,11 @@ class Studio:
 
     # Cards
 
-    def plan(
-        self, prompt: str, selection: Selection | None = None, strategy: str | None = None
-    ) -> Plan:
+    def plan(self, asked: ServerRequest) -> Plan:
         """Decide which adapters a picture would take.
 
         Args:
-            prompt: The prompt as it was typed; may be empty.
-            selection: What was pinned, dropped and so on.
-            strategy: How to fuse them; None leaves it to the style.
+            asked: What is asked for; its prompt may be empty.
 
         Returns:
             The plan; an index that is not there yet finds nothing and says so in the notes.
@@ -96,19 +94,9 @@ class Studio:
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
-        selection = Selection() if selection is None else selection
         notes = self._look_at_pool()
-        config = self.pipe.config
-        plan = make_plan(
-            self.desk,
-            self.catalog,
-            self.styles.get(selection.style),
-            prompt,
-            selection,
-            config.strategy,
-            config.top_k,
-            strategy,
-        )
+        style = self.styles.get(asked.style)
+        plan = make_plan(self.desk, self.catalog, style, asked, self.pipe.config)
         plan.notes[:0] = notes
         return plan
 
@@ -132,7 +120,7 @@ class Studio:
 
     # Pictures
 
-    def submit(self, order: Order, owner: str, visit: str = "") -> Job:
+    def submit(self, order: ServerRequest, owner: str, visit: str = "") -> Job:
         """Put an order into the queue.
 
         Args:
@@ -147,12 +135,14 @@ class Studio:
             AutoLoRAError: Something that was asked for is not possible; nothing was queued.
         """
         order = order.with_seed()
-        plan = self.plan(order.prompt, order.selection, order.strategy)
+        plan = self.plan(order)
         self._check(order, plan)
         tasks = self._tasks(order, plan, visit)
         return self.queue.submit(owner, tasks)
 
-    async def run(self, order: Order, owner: str, visit: str = "") -> AsyncGenerator[JobView, None]:
+    async def run(
+        self, order: ServerRequest, owner: str, visit: str = ""
+    ) -> AsyncGenerator[JobView, None]:
         """Queue an order and give a view whenever something changed.
 
         An index that is still to be built is waited for first. Whoever stops listening before the
@@ -166,7 +156,7 @@ class Studio:
         Raises:
             AutoLoRAError: As for `submit`.
         """
-        indexing = self.indexing() if order.selection.automatic else None
+        indexing = self.indexing() if order.retrieve else None
         if indexing is not None:
             async with aclosing(self.queue.follow(indexing)) as views:
                 async for view in views:
@@ -189,25 +179,17 @@ class Studio:
         running = self._indexing
         return self.reindex() if running is None or running.finished else running
 
-    def _check(self, order: Order, plan: Plan) -> None:
+    def _check(self, order: ServerRequest, plan: Plan) -> None:
         """Find what is wrong before anything is queued."""
         from autolora.fusion import get_strategy
 
         get_strategy(plan.strategy)
-        make_request(self.pipe.config, plan.prompt, **self._settings(order, plan))
+        request = settle(self.pipe.config, plan.style.apply(order))
+        check_steps([card.pick.unit for card in plan.cards], request.steps)
+        if not plan.prompt:
+            raise GenerationError("The prompt has nothing but LoRA tags; add a few words to it.")
 
-    def _settings(self, order: Order, plan: Plan) -> dict[str, Any]:
-        config = self.pipe.config
-        negative = (order.negative_prompt.strip(), plan.negative_prompt)
-        return {
-            "seed": order.seed,
-            "steps": order.steps,
-            "size": (order.width or config.width, order.height or config.height),
-            "guidance": order.guidance,
-            "negative_prompt": ", ".join(part for part in negative if part),
-        }
-
-    def _tasks(self, order: Order, plan: Plan, visit: str) -> list[Task]:
+    def _tasks(self, order: ServerRequest, plan: Plan, visit: str) -> list[Task]:
         """One task per picture; a comparison draws the fused picture first."""
         draw = partial(self._draw, order, plan, visit)
         if not order.compare or not plan.cards:
@@ -222,7 +204,7 @@ class Studio:
 
     def _draw(
         self,
-        order: Order,
+        order: ServerRequest,
         plan: Plan,
         visit: str,
         seed: int,
@@ -232,28 +214,28 @@ class Studio:
     ) -> Picture:
         """Draw one picture of an order and keep it."""
         taking = plan.cards if cards is None else cards
-        prompt, triggers = plan.prompt, order.selection.use_triggers
+        wanted = plan.style.apply(order).changed(
+            style="", seed=seed, count=1, strategy=plan.strategy
+        )
         if cards is not None and job.results:
             # All pictures of a comparison read what the first one read.
-            prompt, triggers = job.results[0].report["used_prompt"], False
-        output = self.pipe(
-            prompt,
-            loras=[(card.item.name, card.strength) for card in taking],
-            retrieve=False,
-            strategy=plan.strategy,
-            use_triggers=triggers,
+            read = job.results[0].report["used_prompt"]
+            wanted = wanted.changed(prompt=read, use_triggers=False)
+        output = self.pipe.generate_many(
+            wanted,
+            [seed],
+            picks=[card.pick for card in taking],
             progress=job.progress,
-            **{**self._settings(order, plan), "seed": seed},
             preview=lambda step, image: job.show(_look(step, image)),
             preview_every=max(1, (order.steps or self.pipe.config.steps) // PREVIEWS),
-        )
+        )[0]
         _explain(output.report, taking, plan.notes)
         picture = self.pictures.add(output, label)
         if visit:
             # What differs from the order in a comparison is known to the picture only.
-            again = replace(order, seed=seed, count=1, compare=False)
+            again = order.changed(seed=seed, count=1, compare=False)
             if label not in ("", FUSED):
-                again = order_of_report(picture.report)
+                again = request_of_report(output.report)
             self.visits.add(visit, Entry(picture, again.to_dict()))
         return picture
 
@@ -323,7 +305,9 @@ class Studio:
 
     # Styles
 
-    def save_style(self, name: str, title: str, order: Order, overwrite: bool = False) -> Style:
+    def save_style(
+        self, name: str, title: str, order: ServerRequest, overwrite: bool = False
+    ) -> Style:
         """Save the adapters that an order would take as a style.
 
         Args:
@@ -338,8 +322,8 @@ class Studio:
         Raises:
             AutoLoRAError: There is nothing to save, or the name cannot be used.
         """
-        base = self.styles.get(order.selection.style)
-        plan = self.plan(order.prompt, order.selection, order.strategy)
+        base = self.styles.get(order.style)
+        plan = self.plan(order)
         if not plan.cards:
             raise PoolError("There is no adapter to save; pin one, or type what finds one.")
         style = Style(
@@ -347,9 +331,9 @@ class Studio:
             {"en": title or name, "zh": title or name},
             base.prompt,
             base.negative_prompt,
-            tuple((card.item.name, card.strength) for card in plan.cards),
+            tuple(replace(card.pick.unit, strength=card.strength) for card in plan.cards),
             plan.strategy,
-            automatic=order.selection.automatic,
+            order.retrieve,
         )
         self.styles.save(style, overwrite)
         return style
@@ -361,17 +345,11 @@ def _look(step: int, image: Image) -> Look:
     return Look(step, small)
 
 
-def _explain(report: Any, cards: list[Card], notes: list[str]) -> None:
-    """Say in a report why adapters were taken that the search had found before the call."""
-    found = {card.item.name: card for card in cards}
+def _explain(report: Report, cards: list[Card], notes: list[str]) -> None:
+    """Say in a report how well adapters that were named fit, and what the plan noted."""
+    found = {card.item.name: card.hit for card in cards}
     for used in report.adapters:
-        card = found.get(used.name)
-        if card is None:
-            continue
-        if card.hit is not None:
-            used.score = round(card.hit.score, 4)
-            used.channels = {name: round(p, 4) for name, p in card.hit.channels.items()}
-        reasons = {"style": "part of the style", "pinned": "pinned", "prompt": "asked for"}
-        found_why = card.hit.why if card.hit is not None else "found"
-        used.why = reasons.get(card.source, found_why)
+        if hit := found.get(used.name):
+            used.score = round(hit.score, 4)
+            used.channels = {name: round(p, 4) for name, p in hit.channels.items()}
     report.notes = [*notes, *report.notes]

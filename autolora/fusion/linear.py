@@ -243,6 +243,8 @@ class FusedLinear(nn.Module):
             # Compiled code must not depend on which adapters are live.
             return y if self._idle else self._add_adapters(x, y, False)
         if not self._live:
+            if self._recorder is not None:
+                self._record(None if self.gate is None else y.new_zeros(0, dtype=torch.float32))
             return y
         if torch.is_grad_enabled():
             return self._add_adapters(x, y, False)

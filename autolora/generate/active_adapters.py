@@ -14,6 +14,7 @@ from autolora.config import PipelineConfig
 from autolora.errors import shown
 from autolora.generate.report import UsedAdapter
 from autolora.generate.reproduce import data_sha256
+from autolora.unit import Steps, acts_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +44,10 @@ class Chosen:
         score: Score of the search; None where it was asked for by name.
         hit: What the search said; None where it was asked for by name.
         triggers: Trigger words of it that were added to the prompt.
+        steps: Steps in which it acts; None is all.
+        text_encoder: Strength of its part for text encoders; None is `strength` where these are
+            changed at all.
+        patterns: What its layers were narrowed down by; empty is nothing.
     """
 
     lora: LoRA
@@ -51,6 +56,15 @@ class Chosen:
     score: float | None = None
     hit: Hit | None = None
     triggers: list[str] = field(default_factory=list)
+    steps: Steps | None = None
+    text_encoder: float | None = None
+    patterns: tuple[str, ...] = ()
+
+    def text_strength(self, usual: bool) -> float:
+        """Strength on text encoders, by whether the picture has adapters act on these."""
+        if self.text_encoder is not None:
+            return self.text_encoder
+        return self.strength if usual else 0.0
 
     def to_report(self) -> UsedAdapter:
         """Return what the report says of it before the picture is made."""
@@ -65,7 +79,42 @@ class Chosen:
             if self.hit is None
             else {name: round(value, 4) for name, value in self.hit.channels.items()},
             data_sha256="" if self.lora.path is None else data_sha256(self.lora.path),
+            steps=list(self.steps or ()),
+            text_encoder=self.text_encoder,
+            patterns=list(self.patterns),
         )
+
+
+def by_step(
+    module: nn.Module, chosen: Sequence[Chosen], steps: int
+) -> Callable[[int, int], None] | None:
+    """Let adapters act in their steps only.
+
+    Args:
+        module: The model that they are attached to.
+        chosen: The adapters.
+        steps: Denoising steps of a picture.
+
+    Returns:
+        What to call before the first step and after each one with the steps that are done, and how
+        many there are in all pictures; None where all adapters act in all steps.
+    """
+    from autolora.fusion import set_strengths
+
+    if all(entry.steps is None for entry in chosen):
+        return None
+    usual = {entry.lora.name: entry.strength for entry in chosen}
+    limits = {entry.lora.name: entry.steps for entry in chosen}
+    acting = dict(usual)
+
+    def follow(done: int, total: int) -> None:
+        step = done % steps + 1
+        wanted = {n: s if acts_in(limits[n], step) else 0.0 for n, s in usual.items()}
+        if done < total and wanted != acting:
+            set_strengths(module, wanted)
+            acting.update(wanted)
+
+    return follow
 
 
 def approximation_notes(lora: LoRA, errors: Mapping[str, float]) -> list[str]:
@@ -283,12 +332,14 @@ class Attachments:
                 report = stack.enter_context(attached(dit, pairs, strategy, self._gates()))
             if note := rounding_note(report.rounding):
                 notes.append(note)
-            if text_encoders:
-                self._enter_text_encoders(stack, chosen, notes)
+            if text_encoders or any(entry.text_encoder for entry in chosen):
+                self._enter_text_encoders(stack, chosen, notes, text_encoders)
             yield report
 
     def _is_attached(self, chosen: Sequence[Chosen], strategy: str) -> bool:
-        """Tell whether this is just what stays attached."""
+        """Tell whether this is just what stays attached, in all steps."""
+        if any(entry.steps is not None for entry in chosen):
+            return False
         wanted = {entry.lora.name: (id(entry.lora), entry.strength) for entry in chosen}
         present = {entry.lora.name: (id(entry.lora), entry.strength) for entry in self.chosen}
         return bool(chosen) and wanted == present and strategy == self.strategy
@@ -328,7 +379,7 @@ class Attachments:
         )
 
     def _enter_text_encoders(
-        self, stack: ExitStack, chosen: Sequence[Chosen], notes: list[str]
+        self, stack: ExitStack, chosen: Sequence[Chosen], notes: list[str], usual: bool
     ) -> None:
         """Let the parts for text encoders act as a plain sum, where the base model has these."""
         from autolora.fusion import attached, linear_shapes
@@ -342,12 +393,13 @@ class Attachments:
             pairs: list[tuple[Adapter, float]] = []
             for entry in sorted(chosen, key=lambda entry: entry.lora.name):
                 part = entry.lora.text_encoder(which)
-                if part is None:
+                strength = entry.text_strength(usual)
+                if part is None or not (usual or strength):
                     continue
                 found, fits = True, not layers.isdisjoint(part.layers)
                 notes.append(text_note(entry.lora.name, which, len(part.layers), fits))
                 if fits:
-                    pairs.append((self._prepare(part, encoder), entry.strength))
+                    pairs.append((self._prepare(part, encoder), strength))
             if pairs:
                 stack.enter_context(attached(encoder, pairs, "sum"))
         if chosen and not found:

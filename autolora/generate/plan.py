@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autolora.config import PipelineConfig
+from autolora.config import PipelineConfig, top_k_problem
 from autolora.errors import GenerationError, LoRAFormatError, PoolError, shown
 from autolora.generate.active_adapters import Attachments, Chosen
 from autolora.generate.report import Report
@@ -26,50 +26,157 @@ from autolora.generate.search import PoolSearch
 from autolora.lora import Pool
 from autolora.lora.metadata import recommended_strength
 from autolora.request import (
-    AskedLoRA,
+    GenerateRequest,
     Request,
     add_triggers,
-    asked_loras,
     has_phrase,
-    make_request,
-    merge_asked,
+    parse_prompt,
+    settle,
 )
+from autolora.styles import PLAIN, Style
+from autolora.unit import LoRAUnit, check_steps, matching_layers, merge_units
 
 if TYPE_CHECKING:
     from autolora.fusion import GateBank
     from autolora.lora import LoRA
+    from autolora.lora.pool import AdapterCache
     from autolora.retrieval import Hit
 
 MAX_TRIGGERS = 3
 MAX_NOTES = 5
 
 
-def load_asked(pool: Pool, asked: Iterable[AskedLoRA]) -> list[Chosen]:
-    """Load adapters that were asked for by name.
+Find = Callable[[str, int, Collection[str]], "list[Hit]"]
+"""Searches: words, how many at most, and the names of what takes part anyway."""
+
+WHY = {
+    "prompt": "asked for",
+    "asked": "asked for",
+    "pinned": "pinned",
+    "style": "part of the style",
+    "model": "part of the base model's configuration",
+    "attached": "attached",
+    "found": "found",
+}
+"""What a report says of why an adapter was taken, by where it came from."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """An adapter that a picture is going to take, before its file is read.
+
+    Attributes:
+        unit: What is asked of it.
+        source: Where it comes from: a key of `WHY`.
+        hit: What the search said; None where it was not asked or did not find it.
+    """
+
+    unit: LoRAUnit
+    source: str
+    hit: Hit | None = None
+
+    @property
+    def why(self) -> str:
+        """Why it is taken, as reports say it."""
+        return self.hit.why if self.source == "found" and self.hit else WHY[self.source]
+
+
+def pick(
+    asked: GenerateRequest,
+    text: str,
+    tags: Iterable[LoRAUnit],
+    style: Style,
+    config: PipelineConfig,
+    find: Find,
+    source: str = "asked",
+) -> list[Pick]:
+    """Choose the adapters of a picture: for every face, while somebody types and when it is made.
+
+    A prompt's tag wins over what is asked for by name, that over the style's units, and these over
+    the base model's. What is turned off or dropped is not taken, nor found.
+
+    Args:
+        asked: What is asked for.
+        text: The prompt without tags.
+        tags: What the tags ask for.
+        style: The style in force.
+        config: The base model's configuration.
+        find: The search.
+        source: What what is asked for by name counts as: a key of `WHY`.
+
+    Returns:
+        First those that were named, then what was found, best first.
 
     Raises:
-        PoolError: No LoRA has such a name.
-        LoRAFormatError: A file cannot be used.
+        GenerationError: The number of adapters is not possible.
     """
-    chosen = []
-    for entry in asked:
-        lora = pool.load(entry.name)
-        strength = preferred_strength(lora) if entry.strength is None else entry.strength
-        chosen.append(Chosen(lora, strength, "asked for"))
-    return chosen
+    top_k = config.top_k if asked.top_k is None else asked.top_k
+    if problem := top_k_problem(top_k):
+        raise GenerationError(f"{problem[0].upper()}{problem[1:]}.", where="top_k")
+    named = {unit.name: (unit, source) for unit in asked.loras}
+    named |= {unit.name: (unit, "prompt") for unit in tags}
+    for units, origin in ((style.loras, "style"), (config.loras, "model")):
+        for unit in units:
+            kept = unit if unit.name not in asked.drop else replace(unit, enabled=False)
+            named.setdefault(unit.name, (kept, origin))
+    picks = [Pick(_set(unit, asked), origin) for unit, origin in named.values() if unit.enabled]
+    off = {*asked.drop, *(unit.name for unit, _ in named.values() if not unit.enabled)}
+    off -= {entry.unit.name for entry in picks}
+    room = top_k - len(picks)
+    if asked.retrieve and style.retrieve and text and room > 0:
+        # Dropping one leaves its words unanswered: it is found, and passed over.
+        hits = find(text, room + len(off), [entry.unit.name for entry in picks])
+        # Equally good ones in an order that does not hang on the last digits of their scores.
+        hits = sorted(hits, key=lambda hit: (-round(hit.score, 3), hit.name))
+        fresh = [hit for hit in hits if hit.name not in off][:room]
+        picks += [Pick(_set(LoRAUnit(hit.name), asked), "found", hit) for hit in fresh]
+    return picks
 
 
-def load_hits(pool: Pool, hits: Sequence[Hit], notes: list[str]) -> list[Chosen]:
-    """Load adapters that the search found; one that cannot be used is left out with a note."""
-    chosen = []
-    for hit in hits:
-        try:
-            lora = pool.load(hit.name)
-        except (PoolError, LoRAFormatError) as error:
-            notes += left_out_notes({hit.name: str(error)}, pool.folder)
-            continue
-        chosen.append(Chosen(lora, preferred_strength(lora), hit.why, hit.score, hit))
-    return chosen
+def _set(unit: LoRAUnit, asked: GenerateRequest) -> LoRAUnit:
+    """A unit with the strength that was set for it, where one was."""
+    if unit.name not in asked.strengths:
+        return unit
+    return replace(unit, strength=asked.strengths[unit.name])
+
+
+def _has_file(unit: LoRAUnit) -> bool:
+    """Tell whether a unit brings a file of its own.
+
+    Raises:
+        PoolError: It says so, and there is none.
+    """
+    if unit.path is not None and not unit.path.is_file():
+        raise PoolError(f"There is no LoRA file {shown(unit.path)}; check the path.")
+    return unit.path is not None
+
+
+def load_pick(pool: Callable[[], Pool], cache: AdapterCache, entry: Pick) -> Chosen:
+    """Load an adapter of the pool or from a file of its own.
+
+    Raises:
+        PoolError: No LoRA has such a name, or there is no such file.
+        LoRAFormatError: The file cannot be used.
+        GenerationError: A pattern matches none of its layers.
+    """
+    unit, hit = entry.unit, entry.hit
+    if unit.path is not None and _has_file(unit):
+        lora = cache.load(unit.path, unit.name)
+    else:
+        lora = pool().load(unit.name)
+    strength = preferred_strength(lora) if unit.strength is None else unit.strength
+    if unit.layers:
+        lora = lora.only(matching_layers(unit, lora.layers))
+    return Chosen(
+        lora,
+        strength,
+        entry.why,
+        None if hit is None else hit.score,
+        hit,
+        steps=unit.steps,
+        text_encoder=unit.text_encoder,
+        patterns=unit.layers,
+    )
 
 
 def keep_fitting(
@@ -292,6 +399,7 @@ class Planner:
     Args:
         config: The base model's configuration.
         pool: Gives the LoRA files.
+        cache: Gives the adapters that are kept ready.
         base: Gives the DiffSynth pipeline.
         gates: Gives trained gates, or None.
         search: Gives the search.
@@ -302,53 +410,51 @@ class Planner:
         self,
         config: PipelineConfig,
         pool: Callable[[], Pool],
+        cache: Callable[[], AdapterCache],
         base: Callable[[], Any],
         gates: Callable[[], GateBank | None],
         search: Callable[[], PoolSearch],
         attachments: Attachments,
     ) -> None:
         self._config = config
-        self._pool, self._base, self._gates, self._search = pool, base, gates, search
+        self._pool, self._cache, self._base = pool, cache, base
+        self._gates, self._search = gates, search
         self._attachments = attachments
 
     def plan(
         self,
-        prompt: str,
-        seed: int,
-        *,
-        loras: Sequence[str | tuple[str, float] | AskedLoRA] = (),
-        retrieve: bool = True,
-        strategy: str | None = None,
-        use_triggers: bool = True,
-        text_encoders: bool | None = None,
-        **wanted: Any,
+        asked: GenerateRequest,
+        style: Style = PLAIN,
+        picks: Sequence[Pick] | None = None,
     ) -> Plan:
         """Plan a picture.
 
         Args:
-            prompt: As typed.
-            seed: Seed of the noise.
-            loras: What is asked for beside the prompt's tags.
-            retrieve: Whether to search the pool.
-            strategy: How adapters are fused; None is the configured way.
-            use_triggers: Whether to add missing trigger words to the prompt.
-            text_encoders: Whether adapters act on text encoders; None is the configured choice.
-            **wanted: The further arguments of `make_request`.
+            asked: What is asked for.
+            style: The style in force.
+            picks: The adapters, where they have been chosen; None chooses them.
 
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
         from autolora.fusion import get_strategy, linear_shapes
 
-        request = make_request(self._config, prompt, seed=seed, **wanted)
-        asked = merge_asked(asked_loras(loras), request.tags)
+        words = parse_prompt(asked.prompt)
+        request = settle(self._config, style.apply(asked))
+        check_steps((*style.loras, *self._config.loras), request.steps)
         standing = self._attachments
         usual = standing.strategy if standing.chosen else self._config.strategy
-        name = usual if strategy is None else strategy
+        wanted = (asked.strategy, style.strategy, usual)
+        name = next(strategy for strategy in wanted if strategy is not None)
         uses_gates = get_strategy(name).uses_gates
         notes: list[str] = []
         clock = Clock()
-        chosen = self._select(request, asked, retrieve, notes)
+        if picks is None:
+            picks = pick(asked, words.text, words.loras, style, self._config, self._find(notes))
+        chosen = self._load(picks, notes)
+        if standing.chosen:
+            names = {entry.lora.name for entry in chosen}
+            chosen = [e for e in standing.chosen if e.lora.name not in names] + chosen
         clock.mark("retrieve")
         base = self._base()
         chosen = keep_fitting(chosen, linear_shapes(base.family.model(base)), notes)
@@ -356,32 +462,51 @@ class Planner:
         if chosen and uses_gates and not gated:
             notes.append("There are no trained gates for this base model; the adapters are summed.")
         clock.mark("load")
-        text = with_triggers(request.prompt, chosen) if use_triggers else request.prompt
+        text = with_triggers(request.prompt, chosen) if asked.use_triggers else request.prompt
         if not text:
             raise GenerationError("The prompt has nothing but LoRA tags; add a few words to it.")
         notes += [*request.notes, *base_notes(base, request, chosen, text)]
-        report = plan_report(request, text, self._config, name, chosen, notes, text_encoders)
+        report = plan_report(request, text, self._config, name, chosen, notes, asked.text_encoders)
         return Plan(request, chosen, report, gated, clock)
 
-    def retrieve(self, request: Request, taken: Sequence[str]) -> list[Hit]:
-        """Choose adapters for a prompt beside those that are taken anyway."""
-        if not request.prompt:
-            return []
-        hits = self._search().choose(request.prompt, request.top_k - len(taken), taken)
-        # Equally good ones in an order that does not hang on the last digits of their scores.
-        return sorted(hits, key=lambda hit: (-round(hit.score, 3), hit.name))
+    def choose(self, asked: GenerateRequest, style: Style = PLAIN) -> list[Hit]:
+        """Search for adapters beside those that are named, in the order in which they are taken."""
+        words = parse_prompt(asked.prompt)
+        picks = pick(asked, words.text, words.loras, style, self._config, self._search().choose)
+        return [entry.hit for entry in picks if entry.hit is not None]
 
-    def _select(
-        self, request: Request, asked: list[AskedLoRA], retrieve: bool, notes: list[str]
-    ) -> list[Chosen]:
-        """Adapters in the order attached, asked for, retrieved."""
-        # The pool is only opened where something is taken from it.
-        named = load_asked(self._pool(), asked) if asked else []
-        names = {entry.lora.name for entry in named}
-        attached = self._attachments.chosen
-        standing = [entry for entry in attached if entry.lora.name not in names]
-        if attached or not retrieve or len(named) >= request.top_k:
-            return standing + named
-        hits = self.retrieve(request, [entry.lora.name for entry in named])
-        notes += left_out_notes(self._search().open().report.left_out, self._pool().folder)
-        return named + load_hits(self._pool(), hits, notes)
+    def check(self, asked: GenerateRequest, style: Style = PLAIN) -> None:
+        """Find what is wrong with a request before anything slow begins.
+
+        Raises:
+            AutoLoRAError: Something that was asked for is not possible.
+        """
+        request = settle(self._config, style.apply(asked))
+        check_steps((*style.loras, *self._config.loras), request.steps)
+        for unit in merge_units(asked.loras, request.tags):
+            if unit.enabled and not _has_file(unit):
+                self._pool().entry(unit.name)
+
+    def _find(self, notes: list[str]) -> Find:
+        """The search, which also notes what it left out; nothing while adapters stay attached."""
+
+        def find(text: str, k: int, taken: Collection[str]) -> list[Hit]:
+            if self._attachments.chosen:
+                return []
+            hits = self._search().choose(text, k, taken)
+            notes.extend(left_out_notes(self._search().open().report.left_out, self._pool().folder))
+            return hits
+
+        return find
+
+    def _load(self, picks: Sequence[Pick], notes: list[str]) -> list[Chosen]:
+        """Load adapters; one that the search or a style brings and cannot be used is left out."""
+        chosen = []
+        for entry in picks:
+            try:
+                chosen.append(load_pick(self._pool, self._cache(), entry))
+            except (PoolError, LoRAFormatError) as error:
+                if entry.source not in ("found", "style"):
+                    raise
+                notes += left_out_notes({entry.unit.name: str(error)}, self._config.pool)
+        return chosen

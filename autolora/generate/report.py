@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autolora import schema
 from autolora.errors import GenerationError, shown
 from autolora.generate.png import encode_png, read_texts, write_png
+from autolora.unit import LoRAUnit, read_units
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -173,7 +174,12 @@ class UsedAdapter:
             sum; None where it was not recorded.
         channels: What each channel of the search gave, in [0, 1].
         data_sha256: Hash of its file's tensor data alone, as A1111 and Civitai (AutoV3) know it.
+        steps: First and last step in which it acted, None as the last for the end; empty for all.
+        text_encoder: Strength of its part for text encoders, where that was asked for.
+        patterns: What its layers were narrowed down by; empty for nothing.
     """
+
+    __pydantic_config__ = schema.RECORDED
 
     name: str
     strength: float
@@ -185,6 +191,19 @@ class UsedAdapter:
     gate: float | None = None
     channels: dict[str, float] = field(default_factory=dict)
     data_sha256: str = ""
+    steps: list[int | None] = field(default_factory=list)
+    text_encoder: float | None = None
+    patterns: list[str] = field(default_factory=list)
+
+    def to_unit(self) -> LoRAUnit:
+        """Return what asks for it again, in the same way.
+
+        Raises:
+            GenerationError: It is damaged.
+        """
+        fields = {"name": self.name, "strength": self.strength, "steps": self.steps or None}
+        more = {"text_encoder": self.text_encoder, "layers": self.patterns}
+        return read_units([{**fields, **more}])[0]
 
 
 @dataclass
@@ -200,6 +219,8 @@ class BaseModel:
         files: Fingerprints of its files, and of the gates', by part; see
             `autolora.generate.reproduce`.
     """
+
+    __pydantic_config__ = schema.RECORDED
 
     kind: str
     storage: str
@@ -245,6 +266,8 @@ class Report:
         images: Digests of the pictures that it started from, with their numbers.
     """
 
+    __pydantic_config__ = schema.RECORDED
+
     prompt: str
     used_prompt: str
     negative_prompt: str
@@ -283,13 +306,10 @@ class Report:
         Raises:
             GenerationError: A value is missing, or is not of the kind that it must be.
         """
-        values = _values(cls, data)
-        values["adapters"] = [
-            UsedAdapter(**_values(UsedAdapter, entry)) for entry in values.get("adapters", [])
-        ]
-        base = values.get("base")
-        values["base"] = None if base is None else BaseModel(**_values(BaseModel, base))
-        return cls(**values)
+        try:
+            return schema.read(cls, data)
+        except schema.Invalid as error:
+            raise _damaged(error.problems[0]) from None
 
     def a1111(self) -> str:
         """Return the report as A1111 writes generation parameters."""
@@ -299,6 +319,11 @@ class Report:
         """Return the text chunks of a picture, by keyword."""
         facts = {"version": VERSION, **self.to_dict()}
         del facts["timings"]
+        for used in facts["adapters"]:
+            # What few adapters have is written where they have it.
+            for name in ("steps", "text_encoder", "patterns"):
+                if not used[name] and used[name] != 0:
+                    del used[name]
         return {PARAMETERS_CHUNK: self.a1111(), CHUNK: json.dumps(facts, ensure_ascii=True)}
 
 
@@ -374,54 +399,9 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     return report
 
 
-def _values(kind: type[Any], data: Any) -> dict[str, Any]:
-    """Check keys and types of plain data against a dataclass."""
-    if not isinstance(data, Mapping):
-        raise _damaged("it does not hold keys and values")
-    values = {}
-    for entry in fields(kind):
-        if entry.name in data:
-            value = data[entry.name]
-            if not _FITS[str(entry.type)](value):
-                raise _damaged(f"{entry.name} is {shown(repr(value), 60)}")
-            values[entry.name] = value
-        elif entry.default is MISSING and entry.default_factory is MISSING:
-            raise _damaged(f"{entry.name} is missing")
-    return values
-
-
-def _damaged(problem: str) -> GenerationError:
-    return GenerationError(f"The report is damaged: {problem}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_table(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, Mapping) and all(map(of, value.values()))
-
-
-_FITS: Mapping[str, Callable[[Any], bool]] = {
-    "str": _is_text,
-    "int": _is_whole,
-    "bool": lambda value: isinstance(value, bool),
-    "float": _is_number,
-    "float | None": lambda value: value is None or _is_number(value),
-    "list[int]": lambda value: isinstance(value, list) and all(map(_is_whole, value)),
-    "list[str]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
-    "dict[str, str]": _is_table(_is_text),
-    "dict[str, float]": _is_table(_is_number),
-    # Checked entry by entry when they are made.
-    "list[UsedAdapter]": lambda value: isinstance(value, list),
-    "BaseModel | None": lambda value: value is None or isinstance(value, Mapping),
-}
-"""Checks by the type of a field."""
+def _damaged(problem: schema.Problem) -> GenerationError:
+    """Say what of a report is damaged."""
+    what = str(problem)
+    if problem.kind == "type" and problem.where and "must hold" not in what:
+        what = f"{problem.where} is {shown(repr(problem.value), 60)}"
+    return GenerationError(f"The report is damaged: {what}.", where=problem.where)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +39,6 @@ from autolora.generate.report import (
     read_report,
 )
 from autolora.lora import Pool
-from autolora.request import AskedLoRA
 from autolora.runtime.checkpoints import locate
 from autolora.safetensors_io import file_sha256
 
@@ -245,18 +244,19 @@ def load_report(path: str | Path) -> Report:
     return report
 
 
-def compare(report: Report, pipe: Pipeline) -> Differences:
+def compare(report: Report, pipe: Pipeline, brought: Collection[str] = ()) -> Differences:
     """Compare what a picture was made with to what there is now.
 
     Args:
         report: The picture's.
         pipe: What would repeat it; its base model is not loaded for this.
+        brought: Names of LoRAs that come from files of their own, which are not looked at.
 
     Returns:
         What differs.
     """
     missing, content = [], []
-    for used in report.adapters:
+    for used in (used for used in report.adapters if used.name not in brought):
         if used.name not in pipe.pool:
             missing.append(f"{shown(used.name)} ({used.sha256[:_HASH_DIGITS] or 'hash unknown'})")
         elif changed := _changed_adapter(used, pipe.pool):
@@ -268,13 +268,16 @@ def compare(report: Report, pipe: Pipeline) -> Differences:
     return Differences(tuple(missing), tuple(content), tuple(_surroundings(report, now)))
 
 
-def check(report: Report, pipe: Pipeline, force: bool = False) -> list[str]:
+def check(
+    report: Report, pipe: Pipeline, force: bool = False, brought: Collection[str] = ()
+) -> list[str]:
     """Make sure that a picture can be repeated.
 
     Args:
         report: The picture's.
         pipe: What would repeat it.
         force: Whether to go on although the picture will be another one.
+        brought: Names of LoRAs that come from files of their own, whatever the pool has.
 
     Returns:
         Notes on what differs nevertheless.
@@ -288,7 +291,7 @@ def check(report: Report, pipe: Pipeline, force: bool = False) -> list[str]:
             f"{shown(', '.join(pipe.attached))} would take part too; detach what is attached "
             "before repeating a picture."
         )
-    found = compare(report, pipe)
+    found = compare(report, pipe, brought)
     if found.missing:
         raise GenerationError(
             f"The picture cannot be repeated: the pool {shown(pipe.pool.folder)} has no LoRA "
@@ -315,7 +318,7 @@ def repeat_options(report: Report) -> dict[str, Any]:
         report: The picture's; its ``used_prompt`` is the prompt to call with.
     """
     return {
-        "loras": [AskedLoRA(used.name, used.strength) for used in report.adapters],
+        "loras": [used.to_unit() for used in report.adapters],
         "retrieve": False,
         "use_triggers": False,
         "strategy": report.strategy,

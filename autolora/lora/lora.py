@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
@@ -247,6 +247,24 @@ class LoRA:
             file has no layer for it.
         """
         return self._text_encoders.get(which)
+
+    def only(self, layers: Collection[str]) -> LoRA:
+        """Return an adapter of some of the layers, with their biases; the tensors are shared.
+
+        Args:
+            layers: Canonical names of layers that the adapter changes.
+        """
+        part = LoRA(
+            self.name,
+            {layer: self._layers[layer] for layer in layers},
+            self.report,
+            self.path,
+            self._metadata,
+            biases={layer: bias for layer, bias in self._biases.items() if layer in layers},
+            text_encoders=self._text_encoders,
+        )
+        part.__dict__["sha256"] = self.sha256
+        return part
 
     def low_rank(self, rank: int, base: Callable[[str], Tensor] | None = None) -> LoRA:
         """Give every layer low-rank factors.

@@ -29,9 +29,7 @@ from autolora.files import is_own_file
 from autolora.lora.covers import card_covers, embedded_covers, find_covers
 from autolora.lora.fields import FieldReader, Fields, decode_json, mapping, plain_text
 from autolora.safetensors_io import read_header
-
-MAX_STRENGTH = 10.0
-"""Largest magnitude of a strength."""
+from autolora.unit import MAX_STRENGTH
 
 MAX_YAML_CHARS = 1 << 16
 MAX_PROMPTS = 8

@@ -243,7 +243,7 @@ def test_a_bad_line_does_not_end_the_others(home: Path, capsys, monkeypatch) -> 
         (5, "did you mean steps?"),
         (6, "steps must be a whole number"),
         (7, "did you mean neon?"),
-        (8, "list of texts"),
+        (8, "such as neon:0.8"),
         (9, "no prompt"),
         (10, "prompt is empty"),
         (11, "not valid JSON"),

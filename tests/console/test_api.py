@@ -87,6 +87,7 @@ def test_progress_comes_as_lines_or_server_sent_events(client) -> None:
         ({"prompt": 7}, 422, "prompt"),
         ({}, 422, "prompt"),
         ({"prompt": "a cat", "promt": 1}, 422, "promt"),
+        ({"prompt": "a cat", "loras": ["/etc/x.safetensors"]}, 400, "no files"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -149,7 +150,7 @@ def test_settings_are_read_from_a_png(client) -> None:
     made = post(client, prompt="a neon <b>elephant</b>", seed=8).json()["pictures"][0]
     png = base64.b64decode(made["png"])
     order = client.post("/api/settings", content=png).json()["order"]
-    assert order["seed"] == 8 and set(order["selection"]["pinned"]) == {"neon", "elephant"}
+    assert order["seed"] == 8 and {unit["name"] for unit in order["loras"]} == {"neon", "elephant"}
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "PNG")
     for data in (plain.getvalue(), b"", b"\x89PNG", png[: len(png) // 3]):

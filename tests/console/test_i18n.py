@@ -8,8 +8,8 @@ import pytest
 
 from autolora.console.api import check_upload_name
 from autolora.console.i18n import CHINESE, ENGLISH, PHRASES, compiled
-from autolora.console.orders import Order, Selection
 from autolora.errors import AutoLoRAError
+from tests.console.asking import ask
 
 
 def say(sentence: str, language: str = "zh") -> str:
@@ -57,22 +57,22 @@ def sentence_of(call) -> str:
 
 def test_what_people_do_wrong_on_the_page_is_said_in_chinese(studio) -> None:
     orders = [
-        Order(" "),
-        Order("x" * 100_000),
-        Order("a cat <lora:nobody:1>"),
-        Order("a cat <lora:rockte>"),
-        Order("<lora:neon:1>"),
-        Order("a cat", guidance=1000.0),
-        Order("a cat", width=8, height=64),
-        Order("a cat", selection=Selection(style="nothing")),
+        ask(" "),
+        ask("x" * 100_000),
+        ask("a cat <lora:nobody:1>"),
+        ask("a cat <lora:rockte>"),
+        ask("<lora:neon:1>"),
+        ask("a cat", guidance=1000.0),
+        ask("a cat", width=8, height=64),
+        ask("a cat", style="nothing"),
     ]
     sentences = [sentence_of(lambda order=order: studio.submit(order, "me")) for order in orders]
     sentences += [
-        sentence_of(lambda: Order("a cat", steps=51)),
-        sentence_of(lambda: Order("a cat", count=0)),
-        sentence_of(lambda: Order("a cat", seed=-7)),
-        sentence_of(lambda: Selection.from_dict({"pinned": {"neon": 99}})),
-        sentence_of(lambda: studio.save_style("x", "", Order(""))),
+        sentence_of(lambda: ask("a cat", steps=51)),
+        sentence_of(lambda: ask("a cat", count=0)),
+        sentence_of(lambda: ask("a cat", seed=-7)),
+        sentence_of(lambda: ask("a cat", pinned={"neon": 99})),
+        sentence_of(lambda: studio.save_style("x", "", ask(""))),
         sentence_of(lambda: check_upload_name("model.ckpt")),
         sentence_of(lambda: check_upload_name("../x.safetensors")),
     ]
@@ -83,7 +83,7 @@ def test_what_people_do_wrong_on_the_page_is_said_in_chinese(studio) -> None:
 
 
 def test_the_page_speaks_of_itself_and_not_of_the_shell(studio) -> None:
-    sentence = sentence_of(lambda: studio.plan("a <lora:qqqqqqqq:1>"))
+    sentence = sentence_of(lambda: studio.plan(ask("a <lora:qqqqqqqq:1>")))
     said = say(sentence, "en")
     assert (
         said

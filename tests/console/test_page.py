@@ -12,6 +12,7 @@ from autolora.console.i18n import LABELS, LANGUAGES, label, language_of
 from autolora.console.page import VALUES, Forms, part_labels
 from autolora.console.server import STATIC, make_app
 from autolora.errors import GenerationError
+from autolora.unit import LoRAUnit
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_a_style_is_saved_under_a_name_made_from_its_title(forms: Forms) -> None
     assert value["style"] == "ink-über-墨" and value["pinned"] == {}
     assert value["saved"] == "Ink & Über 墨!"
     style = forms.studio.styles.get("ink-über-墨")
-    assert style.adapters == (("rocket", 0.5),) and style.strategy == "sum"
+    assert style.loras == (LoRAUnit("rocket", 0.5),) and style.strategy == "sum"
     assert style.title["zh"] == "Ink & Über 墨!"
     for name in ("", "../..", "Ink & Über 墨!"):
         refused = forms.save_style("", "", {**desk, "save_as": name})

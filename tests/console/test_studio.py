@@ -8,7 +8,7 @@ from PIL import Image
 
 from autolora.console.history import MAX_ENTRIES, MAX_VISITS, Entry, Visits
 from autolora.console.jobs import JobQueue
-from autolora.console.orders import Order, Selection, order_of_report
+from autolora.console.models import ServerRequest, request_of_report
 from autolora.console.studio import Studio
 from autolora.errors import (
     AutoLoRAError,
@@ -17,11 +17,14 @@ from autolora.errors import (
     PoolError,
     RetrievalError,
 )
-from autolora.generate.report import read_report
+from autolora.generate.report import Report, read_report
+from autolora.request import read_request
 from autolora.retrieval import Hit
+from autolora.unit import LoRAUnit
+from tests.console.asking import ask
 
 
-def draw(studio: Studio, order: Order, visit: str = ""):
+def draw(studio: Studio, order: ServerRequest, visit: str = ""):
     view = studio.queue.wait(studio.submit(order, "me", visit), 60)
     assert view.state == "done", view.error
     return view.results
@@ -38,23 +41,23 @@ def cards(plan) -> list[tuple[str, float, str]]:
 
 def test_cards_are_what_the_pipeline_would_take(studio: Studio) -> None:
     for prompt in ("a neon elephant", "an elephant", "a rocket in neon", "a tax report"):
-        plan = studio.plan(prompt)
+        plan = studio.plan(ask(prompt))
         assert [card.item.name for card in plan.cards] == [
             hit.name for hit in studio.pipe.choose(prompt)
         ]
-    card = studio.plan("a neon elephant").cards[0].to_dict()
+    card = studio.plan(ask("a neon elephant")).cards[0].to_dict()
     assert 0.5 < card["score"] <= 1 and card["why"] and card["channels"]
     assert "neon" in str(card["concepts"]) or "elephant" in str(card["concepts"])
 
 
 def test_cards_can_be_pinned_dropped_and_set(studio: Studio) -> None:
-    selection = Selection(pinned={"rocket": 0.4}, dropped=("elephant",), strengths={"neon": 0.25})
-    plan = studio.plan("a neon elephant", selection)
+    selection = {"pinned": {"rocket": 0.4}, "dropped": ["elephant"], "strengths": {"neon": 0.25}}
+    plan = studio.plan(ask("a neon elephant", **selection))
     assert cards(plan) == [("rocket", 0.4, "pinned"), ("neon", 0.25, "found")]
-    alone = Selection(automatic=False, pinned={"rocket": None})
-    assert cards(studio.plan("a neon elephant", alone)) == [("rocket", 1.0, "pinned")]
-    assert cards(studio.plan("a neon elephant", Selection(top_k=0))) == []
-    assert cards(studio.plan("", alone)) == [("rocket", 1.0, "pinned")]
+    alone = {"automatic": False, "pinned": {"rocket": None}}
+    assert cards(studio.plan(ask("a neon elephant", **alone))) == [("rocket", 1.0, "pinned")]
+    assert cards(studio.plan(ask("a neon elephant", top_k=0))) == []
+    assert cards(studio.plan(ask("", **alone))) == [("rocket", 1.0, "pinned")]
 
 
 def test_better_cards_come_first_and_dropped_ones_are_asked_for_too(studio, monkeypatch) -> None:
@@ -65,21 +68,21 @@ def test_better_cards_come_first_and_dropped_ones_are_asked_for_too(studio, monk
         return [Hit("elephant", 0.6, "x"), Hit("rocket", 0.9, "x"), Hit("neon", 0.9001, "x")][:k]
 
     monkeypatch.setattr("autolora.retrieval.choose", choose)
-    plan = studio.plan("a thing", Selection(top_k=3))
+    plan = studio.plan(ask("a thing", top_k=3))
     assert [card.item.name for card in plan.cards] == ["neon", "rocket", "elephant"]
-    plan = studio.plan("a thing", Selection(top_k=2, dropped=("elephant",)))
+    plan = studio.plan(ask("a thing", top_k=2, dropped=("elephant",)))
     assert [card.item.name for card in plan.cards] == ["neon", "rocket"]
     assert asked == [3, 3], "one more than is wanted, as one will be passed over"
 
 
 def test_tags_in_the_prompt_are_cards_too(studio: Studio) -> None:
-    plan = studio.plan("a neon thing <lora:rocket:-0.5>", Selection(pinned={"rocket": 1.0}))
+    plan = studio.plan(ask("a neon thing <lora:rocket:-0.5>", pinned={"rocket": 1.0}))
     assert cards(plan) == [("rocket", -0.5, "prompt"), ("neon", 0.7, "found")]
     assert plan.prompt == "a neon thing"
     with pytest.raises(PoolError, match="did you mean rocket"):
-        studio.plan("a thing <lora:rockte>")
-    with pytest.raises(PoolError, match="Top_k"):
-        studio.plan("a thing", Selection(top_k=99))
+        studio.plan(ask("a thing <lora:rockte>"))
+    with pytest.raises(GenerationError, match="Top_k"):
+        studio.plan(ask("a thing", top_k=99))
 
 
 def test_a_style_brings_adapters_prompt_and_strategy(studio: Studio) -> None:
@@ -89,20 +92,20 @@ def test_a_style_brings_adapters_prompt_and_strategy(studio: Studio) -> None:
         "prompt: '{prompt}, glowing'\nadapters: [{name: neon, strength: 0.4}, gone]\n"
         "strategy: sum\nnegative_prompt: grey\n"
     )
-    plan = studio.plan("an elephant", Selection(style="glow"))
+    plan = studio.plan(ask("an elephant", style="glow"))
     assert cards(plan) == [("neon", 0.4, "style"), ("elephant", 1.0, "found")]
     assert (plan.prompt, plan.strategy) == ("an elephant, glowing", "sum")
     assert "gone" in plan.notes[0] and len(plan.notes) == 1
-    report = draw(studio, Order("an elephant", "blurry", 1, selection=Selection("glow")))[0].report
+    report = draw(studio, ask("an elephant", negative="blurry", seed=1, style="glow"))[0].report
     assert report["prompt"] == "an elephant, glowing" and report["strategy"] == "sum"
     assert report["negative_prompt"] == "blurry, grey"
     assert report["adapters"][0]["why"] == "part of the style"
     with pytest.raises(ConfigError, match="no style 'glwo'"):
-        studio.plan("an elephant", Selection(style="glwo"))
+        studio.plan(ask("an elephant", style="glwo"))
 
 
 def test_pictures_are_those_of_the_pipeline_and_say_why(studio: Studio) -> None:
-    picture = draw(studio, Order("a neon elephant", seed=4, steps=3))[0]
+    picture = draw(studio, ask("a neon elephant", seed=4, steps=3))[0]
     output = studio.pipe("a neon elephant", seed=4, steps=3)
     assert pixels(picture) == np.asarray(output.image).tobytes()
     ours = {used["name"]: used for used in picture.report["adapters"]}
@@ -116,23 +119,23 @@ def test_pictures_are_those_of_the_pipeline_and_say_why(studio: Studio) -> None:
 
 
 def test_several_pictures_count_seeds_up_and_a_random_seed_is_shown(studio: Studio) -> None:
-    pictures = draw(studio, Order("a neon thing", seed=7, count=3))
+    pictures = draw(studio, ask("a neon thing", seed=7, count=3))
     assert [picture.report["seed"] for picture in pictures] == [7, 8, 9]
     assert len({picture.path for picture in pictures}) == len({p.id for p in pictures}) == 3
-    assert draw(studio, Order("a neon thing"))[0].report["seed"] >= 0
+    assert draw(studio, ask("a neon thing"))[0].report["seed"] >= 0
 
 
 def test_strength_zero_is_silence(studio: Studio) -> None:
-    silent = Selection(strengths={"neon": 0.0, "elephant": 0.0}, use_triggers=False)
-    order = Order("a neon elephant", seed=2, selection=silent)
-    without = Order("a neon elephant", seed=2, selection=Selection(automatic=False))
-    loud = Order("a neon elephant", seed=2, selection=Selection(use_triggers=False))
+    silent = {"neon": 0.0, "elephant": 0.0}
+    order = ask("a neon elephant", seed=2, strengths=silent, use_triggers=False)
+    without = ask("a neon elephant", seed=2, automatic=False)
+    loud = ask("a neon elephant", seed=2, use_triggers=False)
     a, b, c = (draw(studio, each)[0] for each in (order, without, loud))
     assert pixels(a) == pixels(b) != pixels(c)
 
 
 def test_a_comparison_changes_nothing_but_the_adapters(studio: Studio) -> None:
-    pictures = draw(studio, Order("a neon elephant", seed=3, compare=True, count=5), "ann")
+    pictures = draw(studio, ask("a neon elephant", seed=3, compare=True, count=5), "ann")
     labels = {picture.label for picture in pictures}
     assert labels == {"fused", "only neon", "only elephant", "no adapters"}
     assert pictures[0].label == "fused" and pictures[-1].label == "no adapters"
@@ -143,9 +146,9 @@ def test_a_comparison_changes_nothing_but_the_adapters(studio: Studio) -> None:
     assert len({pixels(picture) for picture in pictures}) == 4
     entries = {e.picture.label: e for e in studio.visits.entries("ann")}
     for picture in pictures:
-        again = Order.from_dict(entries[picture.label].order)
+        again = read_request(entries[picture.label].order, ServerRequest)
         assert pixels(draw(studio, again)[0]) == pixels(picture), picture.label
-    one = draw(studio, Order("an elephant", seed=3, compare=True))
+    one = draw(studio, ask("an elephant", seed=3, compare=True))
     assert [picture.label for picture in one] == ["fused", "no adapters"]
 
 
@@ -159,7 +162,7 @@ def test_gates_are_known_by_layer_and_step(studio: Studio, tmp_path) -> None:
     shapes = linear_layers(pipe.base.dit)
     pipe.__dict__["gates"] = GateBank({name: Gate(out) for name, (out, _) in shapes.items()})
     studio.pipe = pipe
-    picture = draw(studio, Order("a neon elephant", seed=1, steps=3))[0]
+    picture = draw(studio, ask("a neon elephant", seed=1, steps=3))[0]
     gates = studio.pictures.gates(picture.id)
     assert gates["steps"] == 3 and set(gates["adapters"]) == {"neon", "elephant"}
     assert len(gates["layers"]) == 16
@@ -170,7 +173,7 @@ def test_gates_are_known_by_layer_and_step(studio: Studio, tmp_path) -> None:
 
 def test_previews_come_along(studio: Studio) -> None:
     looks, job = [], None
-    order = Order("a neon thing", seed=1, steps=4, width=64, height=80)
+    order = ask("a neon thing", seed=1, steps=4, width=64, height=80)
     started = threading.Event()
     studio.queue.submit("z", [_waiting(started)])
     job = studio.submit(order, "me")
@@ -190,14 +193,14 @@ def _waiting(event: threading.Event):
 
 def test_what_is_wrong_is_said_before_anything_is_queued(studio: Studio) -> None:
     for order in (
-        Order("   "),
-        Order("x" * 100_000),
-        Order("a cat", width=30),
-        Order("a cat", guidance=float("nan")),
-        Order("a cat", strategy="magic"),
-        Order("a cat <lora:nobody:1>"),
-        Order("<lora:neon:1>"),
-        Order("a cat", selection=Selection(style="nothing")),
+        ask("   "),
+        ask("x" * 100_000),
+        ask("a cat", width=30),
+        ask("a cat", guidance=float("nan")),
+        ask("a cat", strategy="magic"),
+        ask("a cat <lora:nobody:1>"),
+        ask("<lora:neon:1>"),
+        ask("a cat", style="nothing"),
     ):
         with pytest.raises(AutoLoRAError):
             studio.submit(order, "me")
@@ -205,41 +208,43 @@ def test_what_is_wrong_is_said_before_anything_is_queued(studio: Studio) -> None
 
 
 def test_settings_come_back_from_the_history(studio: Studio) -> None:
-    selection = Selection(pinned={"rocket": 0.3}, dropped=("neon",))
-    order = Order("a neon elephant", "grey", -1, 2, 64, 80, 2.0, 2, selection=selection)
+    selection = {"pinned": {"rocket": 0.3}, "dropped": ["neon"]}
+    more = {"steps": 2, "size": "64x80", "guidance": 2.0, "count": 2}
+    order = ask("a neon elephant", negative="grey", **more, **selection)
     pictures = draw(studio, order, visit="ann")
     entries = studio.visits.entries("ann")
     assert [entry.picture.id for entry in entries] == [pictures[1].id, pictures[0].id]
     assert studio.visits.entries("bob") == []
     assert studio.visits.find("bob", pictures[0].id) is None
-    again = Order.from_dict(studio.visits.find("ann", pictures[1].id).order)
+    again = read_request(studio.visits.find("ann", pictures[1].id).order, ServerRequest)
     assert again.seed == pictures[1].report["seed"] and again.count == 1
-    assert again.selection == selection and again.negative_prompt == "grey"
+    assert again.loras == (LoRAUnit("rocket", 0.3),) and again.drop == ("neon",)
+    assert again.negative_prompt == "grey"
     assert pixels(draw(studio, again)[0]) == pixels(pictures[1])
 
 
 @pytest.mark.parametrize("triggers", [True, False])
 def test_settings_come_back_from_the_png(studio: Studio, triggers) -> None:
-    selection = Selection(use_triggers=triggers)
-    order = Order("a neon elephant <lora:rocket:0.3>", "grey", 11, 3, selection=selection)
+    prompt, more = "a neon elephant <lora:rocket:0.3>", {"negative": "grey", "steps": 3}
+    order = ask(prompt, seed=11, use_triggers=triggers, **more)
     picture = draw(studio, order)[0]
-    again = order_of_report(read_report(picture.path))
-    assert again.selection.automatic is False and again.seed == 11
+    again = request_of_report(Report.from_dict(read_report(picture.path)))
+    assert again.retrieve is False and again.seed == 11
     assert pixels(draw(studio, again)[0]) == pixels(picture)
 
 
 def test_the_cards_can_be_saved_as_a_style(studio: Studio) -> None:
-    selection = Selection(pinned={"rocket": 0.3}, strengths={"neon": 0.5})
-    studio.save_style("mine", "Mine", Order("a neon thing", selection=selection))
-    assert studio.styles.get("mine").adapters == (("rocket", 0.3), ("neon", 0.5))
-    plan = studio.plan("a tree", Selection(style="mine"))
+    order = ask("a neon thing", pinned={"rocket": 0.3}, strengths={"neon": 0.5})
+    studio.save_style("mine", "Mine", order)
+    assert studio.styles.get("mine").loras == (LoRAUnit("rocket", 0.3), LoRAUnit("neon", 0.5))
+    plan = studio.plan(ask("a tree", style="mine"))
     assert cards(plan) == [("rocket", 0.3, "style"), ("neon", 0.5, "style")]
     with pytest.raises(PoolError, match="no adapter to save"):
-        studio.save_style("other", "", Order("", selection=Selection()))
+        studio.save_style("other", "", ask(""))
 
 
 def test_histories_are_limited(studio: Studio) -> None:
-    picture = draw(studio, Order("a thing", seed=1))[0]
+    picture = draw(studio, ask("a thing", seed=1))[0]
     visits = Visits()
     for number in range(MAX_ENTRIES + 5):
         visits.add("ann", Entry(picture, {"prompt": str(number)}))
@@ -253,7 +258,7 @@ def test_histories_are_limited(studio: Studio) -> None:
 
 
 def test_pictures_are_found_by_id_only_while_they_are_there(studio: Studio) -> None:
-    picture = draw(studio, Order("a thing", seed=1))[0]
+    picture = draw(studio, ask("a thing", seed=1))[0]
     assert studio.pictures.get(picture.id) == picture
     picture.path.unlink()
     for wrong in (picture.id, "", "../../etc/passwd"):
@@ -267,9 +272,9 @@ def test_a_console_without_a_pool_says_so_and_still_draws(shared_pipe, tmp_path)
     pipe = AutoLoRAPipeline(shared_pipe.config.with_pool(tmp_path / "nowhere"))
     pipe.__dict__["base"] = shared_pipe.base
     studio = Studio(pipe, tmp_path / "outputs")
-    plan = studio.plan("a neon elephant")
+    plan = studio.plan(ask("a neon elephant"))
     assert plan.cards == [] and "does not exist" in plan.notes[0]
-    assert "nowhere" in draw(studio, Order("a neon elephant", seed=1))[0].report["notes"][0]
+    assert "nowhere" in draw(studio, ask("a neon elephant", seed=1))[0].report["notes"][0]
     studio.warm_up()
     while studio.queue.active():
         studio.queue.wait(studio.queue.active()[0], 60)
@@ -290,13 +295,13 @@ def test_an_index_that_cannot_be_built_is_tried_once_and_says_why(
     studio = Studio(shared_pipe, tmp_path / "outputs")
     monkeypatch.setattr(shared_pipe, "index", fail)
     monkeypatch.setattr("autolora.console.cards.POOL_LOOK", 0.0)
-    assert studio.plan("a neon elephant").notes == ["The index of the pool is being built."]
+    assert studio.plan(ask("a neon elephant")).notes == ["The index of the pool is being built."]
     studio.queue.wait(studio._indexing, 10)
     for _ in range(3):
-        assert draw(studio, Order("a neon elephant", seed=1))[0].report["adapters"] == []
+        assert draw(studio, ask("a neon elephant", seed=1))[0].report["adapters"] == []
         assert studio.indexing() is None, "it would fail again"
     assert len(tries) == 1
-    note = studio.plan("a neon elephant").notes[0]
+    note = studio.plan(ask("a neon elephant")).notes[0]
     assert "secret" not in note and ("No room." in note or "ZeroDivisionError" in note)
     studio.queue.close()
 
@@ -305,7 +310,7 @@ def test_typing_goes_on_while_the_queue_is_full(shared_pipe, tmp_path) -> None:
     go = threading.Event()
     studio = Studio(shared_pipe, tmp_path / "outputs", queue=JobQueue(max_waiting=1))
     blocker = studio.queue.submit("z", [_waiting(go)])
-    assert studio.plan("a neon elephant").cards == []
+    assert studio.plan(ask("a neon elephant")).cards == []
     go.set()
     studio.queue.wait(blocker, 10)
     studio.queue.close()

@@ -1,18 +1,15 @@
 """Which adapters are planned: what is asked for, what the search fills up, what stays attached."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from autolora.config import PipelineConfig
 from autolora.generate.active_adapters import Chosen
-from autolora.generate.plan import Planner
-from autolora.request import AskedLoRA
-
-
-def lora(name: str) -> SimpleNamespace:
-    metadata = SimpleNamespace(preferred_strength=None, strength_bounds=None, trigger_words=[])
-    return SimpleNamespace(name=name, metadata=metadata)
+from autolora.generate.plan import Pick, Planner, pick
+from autolora.request import GenerateRequest, parse_prompt, read_request
+from autolora.styles import PLAIN, Style
+from autolora.unit import LoRAUnit
 
 
 class Search:
@@ -21,58 +18,80 @@ class Search:
     def __init__(self, scores: dict[str, float]) -> None:
         self.scores, self.asked = scores, []
 
-    def choose(self, prompt: str, k: int, taken: list[str]) -> list[SimpleNamespace]:
+    def __call__(self, prompt: str, k: int, taken: list[str]) -> list[SimpleNamespace]:
         self.asked.append((prompt, k, list(taken)))
-        return [SimpleNamespace(name=n, score=s, why="found") for n, s in self.scores.items()][:k]
-
-    def open(self) -> SimpleNamespace:
-        return SimpleNamespace(report=SimpleNamespace(left_out={}))
+        return [SimpleNamespace(name=n, score=s, why="fits") for n, s in self.scores.items()][:k]
 
 
-def planner(search: Search | None, attached: tuple[Chosen, ...] = ()) -> Planner:
-    def find() -> Search:
-        assert search is not None, "nothing is to be searched"
-        return search
-
-    pool = SimpleNamespace(load=lora, folder=Path("/pool"))
-    nothing = lambda: None  # noqa: E731
-    standing = SimpleNamespace(chosen=list(attached), strategy="sum")
-    return Planner(None, lambda: pool, nothing, nothing, find, standing)
+def nothing(*_) -> list:
+    raise AssertionError("nothing is to be searched")
 
 
-def request(top_k: int = 3, prompt: str = "a cat") -> SimpleNamespace:
-    return SimpleNamespace(prompt=prompt, top_k=top_k)
+def picks(find, style: Style = PLAIN, model: tuple = (), **fields) -> list[Pick]:
+    asked = read_request({"prompt": "a cat", **fields})
+    words = parse_prompt(asked.prompt)
+    config = PipelineConfig("x", loras=model)
+    return pick(asked, words.text, words.loras, style, config, find)
 
 
-def names(chosen: list[Chosen]) -> list[str]:
-    return [entry.lora.name for entry in chosen]
+def named(found: list[Pick]) -> list[tuple]:
+    return [(entry.unit.name, entry.unit.strength, entry.source) for entry in found]
 
 
 def test_retrieval_fills_what_is_left() -> None:
     search = Search({"a": 0.9, "b": 0.8, "c": 0.7})
-    asked = [AskedLoRA("x", 0.5), AskedLoRA("y")]
-    found = planner(search)._select(request(), asked, True, [])
-    assert names(found) == ["x", "y", "a"] and [e.strength for e in found] == [0.5, 1.0, 1.0]
-    assert search.asked == [("a cat", 1, ["x", "y"])]
+    found = picks(search, loras=["x:0.5", "y"])
+    assert named(found) == [("x", 0.5, "asked"), ("y", None, "asked"), ("a", None, "found")]
+    assert search.asked == [("a cat", 1, ["x", "y"])] and found[2].why == "fits"
 
 
 @pytest.mark.parametrize(("top_k", "retrieve"), [(2, True), (1, True), (9, False)])
 def test_nothing_is_searched_where_nothing_is_left(top_k: int, retrieve: bool) -> None:
-    asked = [AskedLoRA("x"), AskedLoRA("y")]
-    assert names(planner(None)._select(request(top_k), asked, retrieve, [])) == ["x", "y"]
+    found = picks(nothing, loras=["x", "y"], top_k=top_k, retrieve=retrieve)
+    assert [entry.unit.name for entry in found] == ["x", "y"]
 
 
-def test_what_stays_attached_replaces_the_search_and_yields_to_what_is_asked_for() -> None:
-    attached = (Chosen(lora("x"), 1.0, "attached"), Chosen(lora("z"), 1.0, "attached"))
-    found = planner(None, attached)._select(request(), [AskedLoRA("x", 0.2)], True, [])
-    assert [(e.lora.name, e.strength) for e in found] == [("z", 1.0), ("x", 0.2)]
+def test_a_tag_wins_over_a_name_and_both_over_style_and_model() -> None:
+    style = Style("s", loras=(LoRAUnit("x", 0.1), LoRAUnit("y", 0.2), LoRAUnit("z", 0.3)))
+    model = (LoRAUnit("z", 0.7), LoRAUnit("w", 0.6, steps=(2, 3)))
+    prompt = "a cat <lora:x:0.9>"
+    found = picks(nothing, style, model, prompt=prompt, loras=["x:0.5", "y"], retrieve=False)
+    expected = [("x", 0.9, "prompt"), ("y", None, "asked"), ("z", 0.3, "style")]
+    assert named(found) == [*expected, ("w", 0.6, "model")]
+    assert found[-1].unit.steps == (2, 3)
+
+
+def test_what_is_off_is_neither_taken_nor_found() -> None:
+    search = Search({"a": 0.9, "b": 0.8, "c": 0.7})
+    off = [{"name": "a", "enabled": False}]
+    found = picks(search, model=(LoRAUnit("a"), LoRAUnit("w")), loras=off, drop=["w", "b"])
+    assert named(found) == [("c", None, "found")]
+    assert search.asked == [("a cat", 6, [])], "three more, as three may be passed over"
+
+
+def test_a_strength_can_be_set_for_what_is_found() -> None:
+    found = picks(Search({"a": 0.9}), strengths={"a": 0.25})
+    assert named(found) == [("a", 0.25, "found")]
 
 
 def test_equally_good_hits_have_an_order_of_their_own() -> None:
     search = Search({"c": 0.80004, "b": 0.80001, "a": 0.5, "d": 0.9})
-    hits = planner(search).retrieve(request(9), [])
-    assert [hit.name for hit in hits] == ["d", "b", "c", "a"]
+    assert [entry.unit.name for entry in picks(search, top_k=9)] == ["d", "b", "c", "a"]
 
 
 def test_a_prompt_of_tags_alone_finds_nothing() -> None:
-    assert planner(None).retrieve(request(prompt=""), []) == []
+    assert named(picks(nothing, prompt="<lora:x:1>")) == [("x", 1.0, "prompt")]
+
+
+def test_nothing_is_searched_while_adapters_stay_attached() -> None:
+    standing = SimpleNamespace(chosen=[Chosen(SimpleNamespace(name="z"), 1.0, "attached")])
+    planner = Planner(PipelineConfig("x"), *[nothing] * 5, standing)
+    assert planner._find([])("a cat", 3, []) == []
+
+
+def test_a_request_is_not_changed_by_a_style_without_words() -> None:
+    asked = GenerateRequest(prompt="a cat")
+    assert PLAIN.apply(asked) is asked
+    style = Style("s", prompt="{prompt}, ink", negative_prompt="grey")
+    changed = style.apply(asked.changed(negative_prompt="blurry"))
+    assert (changed.prompt, changed.negative_prompt) == ("a cat, ink", "blurry, grey")

@@ -1,11 +1,12 @@
 """Styles: presets in YAML that a running console picks up as soon as a file changes.
 
-A style is a set of adapters with strengths, a way to fuse them, and a template for the prompt::
+A style is a request that waits for its prompt: adapters as LoRA units, a way to fuse them, and a
+template for the prompt::
 
     title: {en: Neon, zh: 霓虹}
     prompt: "{prompt}, glowing in the dark"
     adapters:
-      - {name: neon, strength: 0.9}
+      - {name: neon, strength: 0.9, steps: 1-12}
 
 Shipped styles are read; what people save goes to a folder of their own, where a file of the same
 name takes the place of a shipped one.
@@ -18,19 +19,23 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
 
-from autolora.errors import ConfigError, GenerationError, shown
+from autolora import schema
+from autolora.errors import AutoLoRAError, ConfigError, shown
 from autolora.files import replacing
-from autolora.request import check_strength
+from autolora.request import GenerateRequest
+from autolora.schema import STRICT, also
+from autolora.unit import Units
 
 BASE = "base"
 MAX_FILE_BYTES = 64 << 10
 MAX_ADAPTERS = 16
-_KEYS = frozenset({"title", "prompt", "negative_prompt", "adapters", "strategy", "automatic"})
 _NAME = re.compile(r"[^\W_][\w-]{0,47}")
+Text = Annotated[str, Field(max_length=2000)]
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,22 @@ class Style:
         title: What people read, by language; the name where a language is missing.
         prompt: Template; ``{prompt}`` stands for what is typed.
         negative_prompt: Added to what the picture shall not show.
-        adapters: Pairs of name in the pool and strength; None is the author's strength.
+        loras: Its LoRAs; files call them ``adapters``, too.
         strategy: How adapters are fused; None is the configured way.
-        automatic: Whether the search adds adapters that fit the prompt.
+        retrieve: Whether the search adds adapters that fit; files call it ``automatic``, too.
         problem: Why the file cannot be used; empty when it can.
         saved: Whether it was saved by somebody rather than shipped.
     """
 
+    __pydantic_config__ = STRICT
+
     name: str
-    title: Mapping[str, str] = field(default_factory=dict)
-    prompt: str = "{prompt}"
-    negative_prompt: str = ""
-    adapters: tuple[tuple[str, float | None], ...] = ()
-    strategy: str | None = None
-    automatic: bool = True
+    title: dict[str, Text] = field(default_factory=dict)
+    prompt: Text = "{prompt}"
+    negative_prompt: Text = ""
+    loras: Annotated[Units, also("loras", "adapters")] = ()
+    strategy: Text | None = None
+    retrieve: Annotated[bool, also("retrieve", "automatic")] = True
     problem: str = ""
     saved: bool = False
 
@@ -65,6 +72,16 @@ class Style:
             return self.prompt.replace("{prompt}", prompt)
         return ", ".join(part for part in (prompt, self.prompt) if part)
 
+    def apply(self, asked: GenerateRequest) -> GenerateRequest:
+        """Put the style's words into a request; its adapters are the planner's business."""
+        if self == PLAIN or not asked.prompt.strip():
+            return asked
+        negative = (asked.negative_prompt.strip(), self.negative_prompt)
+        return asked.changed(
+            prompt=self.fill(asked.prompt),
+            negative_prompt=", ".join(part for part in negative if part),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
@@ -72,24 +89,31 @@ class Style:
             "title": dict(self.title),
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
-            "adapters": [{"name": name, "strength": value} for name, value in self.adapters],
+            "adapters": [{"strength": None, **unit.to_dict()} for unit in self.loras],
             "strategy": self.strategy,
-            "automatic": self.automatic,
+            "automatic": self.retrieve,
             "problem": self.problem,
             "saved": self.saved,
         }
 
 
+PLAIN = Style(BASE, {"en": "Plain", "zh": "原味"})
+"""Nothing but what is typed."""
+_WRITTEN = ("title", "prompt", "negative_prompt", "adapters", "strategy", "automatic")
+
+
 class Styles:
     """The styles in some folders, read again when files change."""
 
-    def __init__(self, folders: Sequence[Path], own: Path) -> None:
+    def __init__(self, folders: Sequence[Path], own: Path, files: bool = False) -> None:
         """Read nothing yet.
 
         Args:
             folders: Shipped styles; later folders win.
             own: Where styles are saved; wins over all.
+            files: Whether a style may also be named by the path of its file.
         """
+        self.files = files
         self._folders = (*folders, own)
         self._own = own
         self._cache: dict[Path, tuple[tuple[int, int], Style]] = {}
@@ -97,7 +121,7 @@ class Styles:
 
     def all(self) -> list[Style]:
         """List the styles as the files are now, ``base`` first; broken ones say why."""
-        found: dict[str, Style] = {BASE: Style(BASE, {"en": "Plain", "zh": "原味"})}
+        found: dict[str, Style] = {BASE: PLAIN}
         with self._lock:
             for folder in self._folders:
                 for file in _yaml_files(folder):
@@ -114,6 +138,8 @@ class Styles:
         """
         known = {style.name: style for style in self.all()}
         style = known.get(name or BASE)
+        if style is None and name.endswith((".yaml", ".yml")) and self.files:
+            style = read_style(Path(name).expanduser())
         if style is None:
             raise ConfigError(
                 f"There is no style {shown(name, 60)!r}; choose {', '.join(sorted(known))}."
@@ -143,8 +169,8 @@ class Styles:
         taken = {known.name for known in self.all()}
         if style.name == BASE or (style.name in taken and not overwrite):
             raise ConfigError(f"There is a style {style.name!r} already; take another name.")
-        values = {key: value for key, value in style.to_dict().items() if key in _KEYS and value}
-        values["automatic"] = style.automatic
+        said = style.to_dict()
+        values = {key: said[key] for key in _WRITTEN if said[key] or key == "automatic"}
         head = "# A style saved in the console; a running console sees changes made here.\n"
         text = head + yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
         target = self._own / f"{style.name}.yaml"
@@ -177,6 +203,11 @@ def shipped_styles() -> Path:
     return checkout if checkout.is_dir() else package / "configs" / "styles"
 
 
+def own_styles() -> Path:
+    """Folder of the styles that people saved: that of a console that was started here."""
+    return Path("outputs") / "styles"
+
+
 def read_style(file: Path) -> Style:
     """Read a style's file.
 
@@ -194,50 +225,27 @@ def read_style(file: Path) -> Style:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = shown(" ".join(str(error).split()), 200)
         return Style(file.stem, problem=f"Style {shown(file.name)} cannot be read: {reason}.")
-    except (ConfigError, GenerationError) as error:
+    except AutoLoRAError as error:
         return Style(file.stem, problem=f"Style {shown(file.name)}: {error}")
 
 
 def _style(name: str, raw: object) -> Style:
     if not isinstance(raw, Mapping):
         raise ConfigError("it must hold keys and values, such as `prompt: ...`.")
-    if unknown := sorted(str(key) for key in set(raw) - _KEYS):
-        raise ConfigError(
-            f"unknown key {shown(', '.join(unknown))}; possible are {', '.join(sorted(_KEYS))}."
-        )
-    title = raw.get("title") or {}
-    titles = title if isinstance(title, Mapping) else {"en": title, "zh": title}
-    strategy = raw.get("strategy")
-    return Style(
-        name,
-        {str(language): _text("title", text) for language, text in titles.items()},
-        _text("prompt", raw.get("prompt", "{prompt}")),
-        _text("negative_prompt", raw.get("negative_prompt", "")),
-        _adapters(raw.get("adapters") or []),
-        None if strategy is None else _text("strategy", strategy),
-        raw.get("automatic", True) is not False,
-    )
-
-
-def _adapters(raw: object) -> tuple[tuple[str, float | None], ...]:
-    if not isinstance(raw, list) or len(raw) > MAX_ADAPTERS:
+    values = {key: value for key, value in raw.items() if value is not None}
+    title = values.get("title")
+    if isinstance(title, str):
+        values["title"] = {"en": title, "zh": title}
+    given = {"name", "problem", "saved"} & values.keys()
+    if given:
+        raise ConfigError(f"unknown key {shown(', '.join(sorted(given)))}.")
+    try:
+        style = schema.read(Style, {"name": name, **values})
+    except schema.Invalid as error:
+        raise ConfigError(f"{error}.") from None
+    if len(style.loras) > MAX_ADAPTERS:
         raise ConfigError(f"adapters must be a list of at most {MAX_ADAPTERS} names.")
-    found: dict[str, float | None] = {}
-    for entry in raw:
-        fields = {"name": entry} if isinstance(entry, str) else entry
-        if not isinstance(fields, Mapping) or not {"name"} <= set(fields) <= {"name", "strength"}:
-            raise ConfigError("each of adapters must be a name, or {name: ..., strength: ...}.")
-        name, strength = _text("name", fields["name"]), fields.get("strength")
-        if strength is not None and not isinstance(strength, (int, float)):
-            raise ConfigError(f"the strength of {shown(name, 60)!r} is not a number.")
-        found[name] = None if strength is None else check_strength(name, float(strength))
-    return tuple(found.items())
-
-
-def _text(key: str, value: object) -> str:
-    if not isinstance(value, str) or len(value) > 2000:
-        raise ConfigError(f"{key} must be text of at most 2000 characters.")
-    return value
+    return style
 
 
 def _yaml_files(folder: Path) -> list[Path]:

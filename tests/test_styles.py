@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from autolora.console.styles import Style, Styles, read_style, shipped_styles
 from autolora.errors import ConfigError
+from autolora.styles import Style, Styles, read_style, shipped_styles
+from autolora.unit import LoRAUnit
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -21,7 +22,9 @@ def test_shipped_styles_can_all_be_used_with_the_shipped_pool() -> None:
     assert styles[0].name == "base" and len(styles) >= 6
     for style in styles:
         assert not style.problem and {"en", "zh"} <= set(style.title)
-        assert all((pool / f"{name}.safetensors").is_file() for name, _ in style.adapters)
+        assert all(
+            (pool / f"{name}.safetensors").is_file() for name in (unit.name for unit in style.loras)
+        )
 
 
 def test_a_changed_file_is_seen_at_once(tmp_path: Path) -> None:
@@ -47,7 +50,9 @@ def test_a_changed_file_is_seen_at_once(tmp_path: Path) -> None:
         ("prompt: [1]", "prompt must be text"),
         ("prompt: " + "x" * 2001, "at most 2000"),
         ("adapters: neon", "must be a list"),
-        ("adapters: [{nmae: neon}]", "must be a name"),
+        ("adapters: [{nmae: neon}]", "did you mean adapters[0].name?"),
+        ("adapters: [neon, neon:1]", "given twice"),
+        ("adapters: [{name: neon, steps: 9-3}]", "adapters[0].steps must go up"),
         ("adapters: [{name: neon, strength: much}]", "not a number"),
         ("adapters: [{name: neon, strength: 99}]", "out of range"),
         ("a: [1", "cannot be read"),
@@ -61,7 +66,7 @@ def test_a_broken_file_says_why_and_harms_nobody(tmp_path: Path, text, message) 
     style = read_style(file)
     assert message in style.problem and "bad.yaml" in style.problem and "\n" not in style.problem
     styles = Styles([tmp_path], tmp_path / "own")
-    assert styles.get("good").adapters == (("neon", 0.5), ("rose", None))
+    assert styles.get("good").loras == (LoRAUnit("neon", 0.5), LoRAUnit("rose"))
     with pytest.raises(ConfigError, match=r"bad\.yaml"):
         styles.get("bad")
 
@@ -69,7 +74,7 @@ def test_a_broken_file_says_why_and_harms_nobody(tmp_path: Path, text, message) 
 def test_saving_and_reading_back(tmp_path: Path) -> None:
     styles = Styles([], tmp_path / "own")
     title = {"en": "Über: ink #1", "zh": "墨"}
-    adapters = (("woodcut", 0.5), ("rose", -1.0))
+    adapters = (LoRAUnit("woodcut", 0.5, steps=(1, 4)), LoRAUnit("rose", -1.0))
     style = Style("ink", title, "{prompt}, ink", "colour", adapters, "sum", False, saved=True)
     file = styles.save(style)
     assert styles.get("ink") == style and file.read_text(encoding="utf-8").startswith("#")
@@ -77,7 +82,7 @@ def test_saving_and_reading_back(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already"):
         styles.save(style)
     styles.save(Style("ink", title), overwrite=True)
-    assert styles.get("ink").adapters == ()
+    assert styles.get("ink").loras == ()
 
 
 def test_nothing_half_written_is_left_of_a_style(tmp_path: Path, monkeypatch) -> None:
