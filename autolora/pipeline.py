@@ -208,11 +208,11 @@ class AutoLoRAPipeline:
             AutoLoRAError: An unknown name, or an adapter or gates that do not fit the base model;
                 what was attached before then stays.
         """
-        from autolora.fusion import linear_shapes
+        from autolora.fusion import layer_shapes
 
         with self._lock:
             chosen = [self._to_attach(entry) for entry in adapters]
-            keep_fitting(chosen, linear_shapes(self._denoiser), [])
+            keep_fitting(chosen, layer_shapes(self._denoiser), [])
             return self._attachments.attach(chosen, strategy or self.config.strategy)
 
     def _to_attach(self, entry: tuple[str | Path | LoRA, float] | LoRAUnit | str) -> Chosen:

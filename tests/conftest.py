@@ -39,10 +39,10 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shapes(tiny_weights: Path) -> dict[str, tuple[int, int]]:
     """Shapes ``(out, in)`` of the random model's linear layers by canonical name."""
-    from autolora.families.flux1.tables import linear_layers
+    from autolora.families.flux1.layers import LAYERS
     from autolora.families.tiny.weights import load_tiny
 
-    return linear_layers(load_tiny(tiny_weights)[1]["dit"])
+    return LAYERS.shapes(load_tiny(tiny_weights)[1]["dit"])
 
 
 def random_factors(shapes, seed, rank=SHAPES_RANK, scale=0.5):

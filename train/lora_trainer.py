@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autolora.errors import ConfigError
-from autolora.families.flux1.tables import linear_layer_names
+from autolora.families.flux1.layers import LAYERS
 from train.flow import add_noise, plain_attention, predict_velocity, sample_sigmas
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -117,7 +117,7 @@ class BatchedLoRALinear(nn.Module):
 
 def target_layers(dit: nn.Module, which: str) -> list[str]:
     """Names of the layers inside the blocks that are adapted; ``which`` as in LAYER_CHOICES."""
-    names = [n for n in linear_layer_names(dit) if n.startswith(("blocks.", "single_blocks."))]
+    names = [n for n in LAYERS.shapes(dit) if n.startswith(("blocks.", "single_blocks."))]
     return [n for n in names if not any(part in n for part in LAYER_CHOICES[which])]
 
 

@@ -172,6 +172,16 @@ def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     return {layer: shape for layer, shape in shapes.items() if shape is not None}
 
 
+def layer_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the weight's shape of every layer that adapters can act in, by path, likewise.
+
+    Returns:
+        ``(out, in)`` of linear layers, ``(out, in, height, width)`` of convolutions.
+    """
+    shapes = {layer: weight_shape(base) for layer, base in find_layers(module).items()}
+    return {layer: shape for layer, shape in shapes.items() if shape is not None}
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """What attaching means for every layer; nothing is changed yet.

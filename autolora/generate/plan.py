@@ -180,7 +180,7 @@ def load_pick(pool: Callable[[], Pool], cache: AdapterCache, entry: Pick) -> Cho
 
 
 def keep_fitting(
-    chosen: Sequence[Chosen], shapes: Mapping[str, tuple[int, int]], notes: list[str]
+    chosen: Sequence[Chosen], shapes: Mapping[str, tuple[int, ...]], notes: list[str]
 ) -> list[Chosen]:
     """Leave out retrieved adapters that are made for another base model.
 
@@ -437,7 +437,7 @@ class Planner:
         Raises:
             AutoLoRAError: Something that was asked for is not possible.
         """
-        from autolora.fusion import get_strategy, linear_shapes
+        from autolora.fusion import get_strategy, layer_shapes
 
         words = parse_prompt(asked.prompt)
         request = settle(self._config, style.apply(asked))
@@ -457,7 +457,7 @@ class Planner:
             chosen = [e for e in standing.chosen if e.lora.name not in names] + chosen
         clock.mark("retrieve")
         base = self._base()
-        chosen = keep_fitting(chosen, linear_shapes(base.family.model(base)), notes)
+        chosen = keep_fitting(chosen, layer_shapes(base.family.model(base)), notes)
         gated = bool(chosen) and uses_gates and self._gates() is not None
         if chosen and uses_gates and not gated:
             notes.append("There are no trained gates for this base model; the adapters are summed.")

@@ -66,7 +66,7 @@ class PoolSearch:
         self._base = base
         self._state: IndexState | None = None
         self._portraits: Any = None
-        self._shapes: dict[str, tuple[int, int]] | None = None
+        self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def search(self, prompt: str, k: int) -> list[Hit]:
         """Rank the pool for a prompt, best first."""
@@ -146,7 +146,7 @@ class PoolSearch:
         portrait = self.portrait(lora) if retriever.needs_portraits else None
         return retriever.encode(lora, portrait)
 
-    def _base_shapes(self) -> dict[str, tuple[int, int]]:
+    def _base_shapes(self) -> dict[str, tuple[int, ...]]:
         """Linear layers of the base model; those of a checkpoint stand in its header."""
         family = find_family(self.config.kind)
         if family.packaged is None:
@@ -154,10 +154,10 @@ class PoolSearch:
             sizes = family.sizes(located) if family.sizes else model_sizes(family, located)
             if sizes is not None:
                 return dict(sizes.denoiser.linear_shapes())
-        from autolora.fusion import linear_shapes
+        from autolora.fusion import layer_shapes
 
         pipe = self._base()
-        return linear_shapes(family.model(pipe))
+        return layer_shapes(family.model(pipe))
 
     @cached_property
     def _text_encoder(self) -> TextEncoder:

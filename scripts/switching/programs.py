@@ -169,6 +169,6 @@ class PeftLoaded:
 
 def block_layers(dit: nn.Module) -> Mapping[str, tuple[int, int]]:
     """Shapes of the linear layers inside the blocks, where adapters usually are."""
-    from autolora.families.flux1.tables import linear_layers
+    from autolora.families.flux1.layers import LAYERS
 
-    return {name: shape for name, shape in linear_layers(dit).items() if "blocks." in name}
+    return {name: shape for name, shape in LAYERS.shapes(dit).items() if "blocks." in name}

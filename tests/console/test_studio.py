@@ -153,13 +153,13 @@ def test_a_comparison_changes_nothing_but_the_adapters(studio: Studio) -> None:
 
 
 def test_gates_are_known_by_layer_and_step(studio: Studio, tmp_path) -> None:
-    from autolora.families.flux1.tables import linear_layers
+    from autolora.families.flux1.layers import LAYERS
     from autolora.fusion import Gate, GateBank
     from autolora.pipeline import AutoLoRAPipeline
 
     pipe = AutoLoRAPipeline(studio.pipe.config)
     pipe.__dict__["base"] = studio.pipe.base
-    shapes = linear_layers(pipe.base.dit)
+    shapes = LAYERS.shapes(pipe.base.dit)
     pipe.__dict__["gates"] = GateBank({name: Gate(out) for name, (out, _) in shapes.items()})
     studio.pipe = pipe
     picture = draw(studio, ask("a neon elephant", seed=1, steps=3))[0]

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from autolora.families.detect import tables
@@ -163,3 +165,53 @@ def test_grouped_convolutions_have_no_shape() -> None:
     assert weight_shape(nn.Conv2d(4, 8, 3)) == (8, 4, 3, 3)
     assert weight_shape(nn.Conv2d(4, 8, 3, groups=2)) is None
     assert weight_shape(nn.LayerNorm(4)) is None
+
+
+@given(st.sampled_from(sorted(tables())), st.integers(0, 10_000), st.integers(1, 500))
+def test_slices_cover_the_output_once(family: str, pick: int, width: int) -> None:
+    rows = [row for row in tables()[family].rows if len(row.slices) > 1]
+    if not rows:
+        return
+    row = rows[pick % len(rows)]
+    out = sum(factor for _, factor in row.out().terms) * width
+    slices = row.output_slices(out)
+    flat = [n for part in slices.values() for n in range(part.start, part.stop)]
+    assert flat == list(range(out))
+    for name, part in slices.items():
+        assert row.fused_out_features([name], part.stop - part.start) == out
+
+
+def test_slices_of_linear1() -> None:
+    parsed = tables()["flux1"].parse("single_blocks.3.to_qkv_mlp")
+    assert parsed is not None
+    assert parsed.row.output_slices(21504) == {
+        "q": slice(0, 3072),
+        "k": slice(3072, 6144),
+        "v": slice(6144, 9216),
+        "mlp": slice(9216, 21504),
+    }
+    with pytest.raises(ValueError, match="100 output channels of to_qkv_mlp"):
+        parsed.row.output_slices(100)
+    with pytest.raises(ValueError, match="10 rows cannot be the mlp part"):
+        parsed.row.fused_out_features(["mlp"], 10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "blocks.{i}.attn.a_to_qkv",
+        "blocks.01.attn.a_to_qkv",
+        "blocks.x.attn.a_to_qkv",
+        "blocks.1.attn.a_to_q",
+        "blocks.1.to_qkv_mlp",
+        "single_blocks.1.attn.a_to_qkv",
+        "dit.blocks.1.attn.a_to_qkv",
+        "blocks.1.attn.a_to_qkv.base",
+        "blocks.\u0661.attn.a_to_qkv",
+    ],
+)
+def test_other_names_are_not_canonical(name: str) -> None:
+    table = tables()["flux1"]
+    assert table.parse(name) is None
+    assert table.sort_key(name) > table.sort_key("final_norm_out.linear")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autolora.errors import RetrievalError
-from autolora.families.flux1.tables import layer_sort_key, parse_layer
+from autolora.families.flux1.layers import LAYERS
 
 if TYPE_CHECKING:
     from autolora.lora.lora import LoRA
@@ -67,9 +67,9 @@ def stack_factors(loras: Sequence[LoRA], layers: Sequence[str]) -> StackedFactor
         RetrievalError: No adapter changes one of the layers, or adapters of different base models.
     """
     by_type: dict[str, list[str]] = {}
-    for layer in sorted(layers, key=layer_sort_key):
-        parsed = parse_layer(layer)
-        by_type.setdefault(parsed.type.template if parsed else layer, []).append(layer)
+    for layer in sorted(layers, key=LAYERS.sort_key):
+        parsed = LAYERS.parse(layer)
+        by_type.setdefault(parsed.row.template if parsed else layer, []).append(layer)
     down: dict[str, Tensor] = {}
     up: dict[str, Tensor] = {}
     for kind, names in by_type.items():

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autolora.errors import AutoLoRAError, ConfigError
-from autolora.families.flux1.tables import layer_sort_key
+from autolora.families.flux1.layers import LAYERS
 from autolora.lora import LoRA, Metadata, Pool
 from autolora.retrieval.encoders import read_factors, stack_reads
 from autolora.retrieval.features import (
@@ -274,7 +274,7 @@ def make_features(
         inputs.portraits = portrait_tokens(data.portraits, portrait)
     if {"weights", "both"} & set(config.families):
         known = [data.loras[i] for i in seen.tolist()]
-        layers = sorted({layer for lora in known for layer in lora.layers}, key=layer_sort_key)
+        layers = sorted({layer for lora in known for layer in lora.layers}, key=LAYERS.sort_key)
         tokens = TokenSpec(tuple(layers), config.probes, config.sketch)
         if config.fitted_probes:
             probes = fit_probes(known, tokens)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autolora.families.flux1.tables import parse_layer
+from autolora.families.flux1.layers import LAYERS
 from autolora.retrieval.encoders import LoRAEncoder, RidgeEncoder, TextWhitening
 from autolora.retrieval.features import FlatSpec, LoRAInputs, TokenSpec, portrait_tokens
 from autolora.retrieval.retriever import Encoder
@@ -101,8 +101,12 @@ def flat_specs(family: str, tokens: TokenSpec | None) -> dict[str, FlatSpec]:
     if family == "portraits" or tokens is None:
         return {"ridge": FlatSpec(("portrait",))}
     every = tuple(range(len(tokens.layers)))
-    parsed = [parse_layer(layer) for layer in tokens.layers]
-    text_side = tuple(i for i in every if (p := parsed[i]) is not None and p.stream == "b")
+    parsed = [LAYERS.parse(layer) for layer in tokens.layers]
+    text_side = tuple(
+        i
+        for i in every
+        if (p := parsed[i]) is not None and (".b_" in p.row.template or "_b." in p.row.template)
+    )
     sets = {"ridge read": (("read",), every), "ridge read+write": (("read", "write"), every)}
     if text_side and text_side != every:
         sets["ridge read, text side"] = (("read",), text_side)

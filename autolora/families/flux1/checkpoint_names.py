@@ -8,82 +8,30 @@ torch: a `Recipe` says what to read, `shape_of` what will come of it, and only `
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
 
+from autolora.families.flux1.layers import LAYERS
 from autolora.families.flux1.others import Layout
 from autolora.families.flux1.sizes import count_blocks
 from autolora.safetensors_io import Recipe, TensorInfo
 
-if TYPE_CHECKING:
-    pass
-
-
-_STREAMS: tuple[tuple[str, str, str, tuple[str, ...], str], ...] = (
-    ("a", "img", "", ("to_q", "to_k", "to_v"), "to_out.0"),
-    ("b", "txt", "_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out"),
+_DIALECTS: tuple[tuple[Layout, str, str], ...] = (
+    ("bfl", "original", "scale"),
+    ("diffusers", "diffusers", "weight"),
 )
-"""Per stream: our letter, BFL's word, and diffusers' suffix and names of the attention's layers."""
-
-
-def _linear_sources() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Canonical template, BFL's name, and diffusers' names of every linear layer."""
-    for stream, bfl, suffix, qkv, out in _STREAMS:
-        ours, theirs, other = "blocks.{i}.", "double_blocks.{i}." + bfl, "transformer_blocks.{i}."
-        ff = f"{other}ff{suffix}.net"
-        yield f"{ours}attn.{stream}_to_qkv", f"{theirs}_attn.qkv", _of(other + "attn.", qkv)
-        yield f"{ours}attn.{stream}_to_out", f"{theirs}_attn.proj", (f"{other}attn.{out}",)
-        yield f"{ours}ff_{stream}.0", f"{theirs}_mlp.0", (f"{ff}.0.proj",)
-        yield f"{ours}ff_{stream}.2", f"{theirs}_mlp.2", (f"{ff}.2",)
-        yield f"{ours}norm1_{stream}.linear", f"{theirs}_mod.lin", (f"{other}norm1{suffix}.linear",)
-    single, other = "single_blocks.{i}.", "single_transformer_blocks.{i}."
-    fused = _of(other, ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"))
-    yield f"{single}to_qkv_mlp", f"{single}linear1", fused
-    yield f"{single}proj_out", f"{single}linear2", (f"{other}proj_out",)
-    yield f"{single}norm.linear", f"{single}modulation.lin", (f"{other}norm.linear",)
-    for ours, bfl, theirs in (
-        ("time_embedder.timestep_embedder", "time_in", "timestep_embedder"),
-        ("guidance_embedder.timestep_embedder", "guidance_in", "guidance_embedder"),
-        ("pooled_text_embedder", "vector_in", "text_embedder"),
-    ):
-        yield f"{ours}.0", f"{bfl}.in_layer", (f"time_text_embed.{theirs}.linear_1",)
-        yield f"{ours}.2", f"{bfl}.out_layer", (f"time_text_embed.{theirs}.linear_2",)
-    yield "x_embedder", "img_in", ("x_embedder",)
-    yield "context_embedder", "txt_in", ("context_embedder",)
-    yield "final_proj_out", "final_layer.linear", ("proj_out",)
-    yield "final_norm_out.linear", "final_layer.adaLN_modulation.1", ("norm_out.linear",)
-
-
-def _norm_sources() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """The same for the norms of queries and keys, with the whole names of their one tensor."""
-    for which, word in (("q", "query"), ("k", "key")):
-        for stream, bfl, added in (("a", "img", ""), ("b", "txt", "added_")):
-            yield (
-                f"blocks.{{i}}.attn.norm_{which}_{stream}.weight",
-                f"double_blocks.{{i}}.{bfl}_attn.norm.{word}_norm.scale",
-                (f"transformer_blocks.{{i}}.attn.norm_{added}{which}.weight",),
-            )
-        yield (
-            f"single_blocks.{{i}}.norm_{which}_a.weight",
-            f"single_blocks.{{i}}.norm.{word}_norm.scale",
-            (f"single_transformer_blocks.{{i}}.attn.norm_{which}.weight",),
-        )
-
-
-def _of(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(prefix + name for name in names)
+"""Per layout: its dialect, and what it calls a normalization's only tensor."""
 
 
 def _table() -> dict[Layout, dict[str, tuple[str, ...]]]:
-    bfl: dict[str, tuple[str, ...]] = {}
-    diffusers: dict[str, tuple[str, ...]] = {}
-    for ours, one, several in _linear_sources():
-        for suffix in (".weight", ".bias"):
-            bfl[ours + suffix] = (one + suffix,)
-            diffusers[ours + suffix] = tuple(name + suffix for name in several)
-    for ours, one, several in _norm_sources():
-        bfl[ours], diffusers[ours] = (one,), several
-    return {"bfl": bfl, "diffusers": diffusers}
+    """What every canonical tensor is made of in each layout, from the table of layers."""
+    found: dict[Layout, dict[str, tuple[str, ...]]] = {"bfl": {}, "diffusers": {}}
+    for row in LAYERS.rows:
+        for layout, dialect, norm in _DIALECTS:
+            paths = [spelling.path for spelling in row.spellings[dialect]]
+            for suffix in ("weight",) if row.is_norm else ("weight", "bias"):
+                theirs = norm if row.is_norm else suffix
+                found[layout][f"{row.template}.{suffix}"] = tuple(f"{p}.{theirs}" for p in paths)
+    return found
 
 
 _TABLE = _table()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autolora.families.flux1.tables import LAYER_TYPES, LayerType
+from autolora.families.flux1.layers import LAYERS
 from autolora.runtime.memory import ModelSizes
 from autolora.safetensors_io import Shapes, count_blocks
 
@@ -80,11 +80,23 @@ class FluxSizes:
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """``(out, in)`` of every linear layer by canonical name."""
+        widths = {
+            "d": self.width,
+            "patch": self.taken,
+            "patch_out": self.patch,
+            "text": self.text_dim,
+            "pooled": self.pooled_dim,
+            "time": self.time_dim,
+        }
+        counts = {"blocks": self.double_blocks, "single_blocks": self.single_blocks}
         return {
-            kind.template.replace("{i}", str(i)): self._linear(kind)
-            for kind in LAYER_TYPES.values()
-            if self.guidance or not kind.template.startswith("guidance_embedder.")
-            for i in range(self._blocks(kind))
+            row.template.replace("{i}", str(i)): (out, inner)
+            for row in LAYERS.rows
+            if self.guidance or not row.template.startswith("guidance_embedder.")
+            for i in range(counts.get(row.group, 1))
+            if row.inputs is not None
+            and (out := row.out().value(widths)) is not None
+            and (inner := row.inputs.value(widths)) is not None
         }
 
     @property
@@ -93,20 +105,6 @@ class FluxSizes:
         linear = sum(out * (inner + 1) for out, inner in self.linear_shapes().values())
         norms = 4 * self.double_blocks + 2 * self.single_blocks
         return linear + norms * self.head_dim
-
-    def _blocks(self, kind: LayerType) -> int:
-        return {"double": self.double_blocks, "single": self.single_blocks}.get(kind.kind, 1)
-
-    def _linear(self, kind: LayerType) -> tuple[int, int]:
-        inner = {
-            "x_embedder": self.taken,
-            "context_embedder": self.text_dim,
-            "pooled_text_embedder.0": self.pooled_dim,
-            "time_embedder.timestep_embedder.0": self.time_dim,
-            "guidance_embedder.timestep_embedder.0": self.time_dim,
-        }.get(kind.template, self.width * (kind.in_ratio or 1))
-        outer = self.patch if kind.template == "final_proj_out" else self.width * kind.out_ratio
-        return outer, inner
 
 
 PUBLISHED = FluxSizes(

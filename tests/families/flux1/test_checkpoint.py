@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from autolora.config import CheckpointSettings, MemorySettings, PipelineConfig
 from autolora.errors import ConfigError
-from autolora.families.flux1.tables import linear_layers
+from autolora.families.flux1.layers import LAYERS
 from autolora.families.load import load_pipeline
 from autolora.fusion import attached
 from autolora.lora import LoRA
@@ -84,7 +84,7 @@ def test_every_layer_has_its_canonical_name_and_sizes_come_from_the_file(pipe) -
         for name, layer in pipe.dit.named_modules()
         if isinstance(layer, torch.nn.Linear)
     }
-    assert linear_layers(pipe.dit) == linears == pipe.dit.sizes.linear_shapes()
+    assert LAYERS.shapes(pipe.dit) == linears == pipe.dit.sizes.linear_shapes()
     assert sum(p.numel() for p in pipe.dit.parameters()) == pipe.dit.sizes.parameters
     assert (pipe.dit.sizes.heads, pipe.dit.sizes.rope_axes) == (2, (4, 14, 14))
 
@@ -218,13 +218,13 @@ def test_float8_is_rounded_as_torch_rounds(config, pipe) -> None:
 def test_packed_storages(config, exact, storage: str) -> None:
     pytest.importorskip({"nf4": "bitsandbytes"}.get(storage, "torchao"))
     pipe = load_pipeline(replace(config, storage=storage))
-    assert linear_layers(pipe.dit) == pipe.dit.sizes.linear_shapes()
+    assert LAYERS.shapes(pipe.dit) == pipe.dit.sizes.linear_shapes()
     inside = pipe.dit.blocks[0].attn.a_to_qkv.weight
     assert type(inside) not in (torch.Tensor, torch.nn.Parameter), "it is a library's own kind"
     assert pipe.dit.x_embedder.weight.dtype == torch.float32
     picture = draw(pipe)
     assert 0 < rms(picture, exact) < 60
-    factors = random_factors(linear_layers(pipe.dit), 1, scale=0.1)
+    factors = random_factors(LAYERS.shapes(pipe.dit), 1, scale=0.1)
     with attached(pipe.dit, [(LoRA.from_factors("a", factors), 1.0)], "sum"):
         assert rms(draw(pipe), picture) > 1
     assert np.array_equal(draw(pipe), picture), "the packed weights are as they were"
@@ -249,7 +249,7 @@ def test_offloaded_models_draw_the_same_picture(
         pipe.dit.onload = lambda: moved.append("dit") or onload()
     assert np.array_equal(draw(pipe), exact)
     assert moved == (["dit"] if offload == "parts" else [])
-    factors = random_factors(linear_layers(pipe.dit), 1, scale=0.1)
+    factors = random_factors(LAYERS.shapes(pipe.dit), 1, scale=0.1)
     with attached(pipe.dit, [(LoRA.from_factors("a", factors), 1.0)], "sum"):
         with_adapter = draw(pipe)
     with attached(plain.dit, [(LoRA.from_factors("a", factors), 1.0)], "sum"):
@@ -309,7 +309,7 @@ def test_true_size_flux_has_the_published_sizes() -> None:
     assert {name: tuple(value.shape) for name, value in ours.state_dict().items()} == shapes
     assert FluxSizes.from_shapes(shapes) == FLUX1_DEV.denoiser
     assert parameters(published) == FLUX1_DEV.denoiser.parameters
-    assert linear_layers(published) == FLUX1_DEV.denoiser.linear_shapes()
+    assert LAYERS.shapes(published) == FLUX1_DEV.denoiser.linear_shapes()
     assert ours.pos_embedder.axes_dim == published.pos_embedder.axes_dim
     assert parameters(clip) == FLUX1_DEV.text_encoder
     # DiffSynth's T5 holds its table of words twice, ours once.

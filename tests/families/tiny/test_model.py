@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autolora.errors import ConfigError
-from autolora.families.flux1.tables import parse_layer
+from autolora.families.flux1.layers import LAYERS
 from autolora.families.tiny.model import (
     DOWN,
     LATENT_CHANNELS,
@@ -35,7 +35,7 @@ def pipe(parts):
 def test_every_linear_layer_has_a_canonical_name(parts) -> None:
     _, modules = parts
     linears = [n for n, m in modules["dit"].named_modules() if isinstance(m, torch.nn.Linear)]
-    assert linears and all(parse_layer(name) for name in linears)
+    assert linears and all(LAYERS.parse(name) for name in linears)
 
 
 def test_saving_and_loading_keeps_sizes_and_values(parts, tmp_path: Path) -> None:
