@@ -105,7 +105,8 @@ class FusedLinear(nn.Module):
         names: The adapters' names; numbered where None.
         capacity: The most that the adapters may ever need. With one, adapters live in buffers of
             fixed size, so that an exchange neither compiles anything anew nor invalidates a
-            captured graph; call `prepare` (or the layer) once before compiling.
+            captured graph; call `prepare` (or the layer) once before compiling. Without one,
+            compiled code is only fast after a `prepare` that follows the last change.
 
     Raises:
         FusionError: A shape, a name or a strength does not fit.
@@ -267,9 +268,11 @@ class FusedLinear(nn.Module):
         """
         if self._idle:
             return
-        by_hand = not torch.is_grad_enabled() and native.serves(dtype, device)
-        if by_hand and self._native_layer() is not None:
-            return
+        if self._live and not torch.is_grad_enabled() and native.serves(dtype, device):
+            self._native_layer()
+        self._pack(dtype, device)
+
+    def _pack(self, dtype: torch.dtype, device: torch.device) -> None:
         terms = self._terms(dtype, device)
         working = working_dtype(dtype, device)
         if terms is None:
@@ -288,12 +291,12 @@ class FusedLinear(nn.Module):
         return kept[1]
 
     def _lay_out(self) -> native.PreparedLayer | None:
-        dtype, device = torch.float32, torch.device("cpu")
         with torch.autocast("cpu", enabled=False):
+            dtype, device = torch.float32, torch.device("cpu")
+            if self._packed.capacity is not None:
+                self._pack(dtype, device)  # compiled code looks into the buffers
             terms = self._terms(dtype, device)
-            if terms is None:
-                return native.prepare_sum(self._packed.sum(dtype, device))
-            return native.prepare_gated(self._packed.gated(dtype, device), terms)
+            return native.prepare_adapters(self._packed.factors, self._packed.strengths, terms)
 
     def _add_adapters(self, x: Tensor, y: Tensor, inplace: bool) -> Tensor:
         # The dtypes are chosen here; autocast would choose them per operation.

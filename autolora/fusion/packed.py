@@ -361,6 +361,32 @@ def derived_factors(
     return prepared
 
 
+def output_statistics(b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the gate needs of an up-projection, computed once while it lives.
+
+    Args:
+        b: ``[out, r]``; no gradients flow to it.
+
+    Returns:
+        The mean of each column, ``[r]``, and their covariance, ``[r, r]``, float32 on the CPU.
+    """
+    stamp = tensor_versions((b,))
+    entry = _STATISTICS.get(b)
+    if entry is not None and entry[0] == stamp:
+        return entry[1]
+    with torch.inference_mode(False), torch.no_grad():
+        up = b.detach().to("cpu", torch.float32)
+        mean = up.mean(0)
+        centred = up - mean
+        statistics = (mean, centred.T @ centred / up.shape[0])
+    _STATISTICS[b] = (stamp, statistics)
+    return statistics
+
+
+# By the up-projection.
+_STATISTICS = WeakIdKeyDictionary()
+
+
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """A prepared adapter and what it was made of; they stay alive, so that `is` can be trusted."""
@@ -420,6 +446,16 @@ class PackedAdapters:
             self.sum(self.ready_sum.down.dtype, self.ready_sum.down.device)
         if self.ready_gated is not None:
             self.gated(self.ready_gated.down.dtype, self.ready_gated.down.device)
+
+    @property
+    def factors(self) -> tuple[Factors, ...]:
+        """The adapters' factors."""
+        return self._factors
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The adapters' strengths, in the same order."""
+        return self._strengths
 
     @property
     def trains(self) -> bool:

@@ -86,13 +86,13 @@ def test_exchanging_adapters_compiles_nothing_anew(backend):
 @torch.no_grad()
 def test_strengths_compile_nothing_anew_without_a_capacity():
     model = Model()
-    model.exchange([4, 2], [1.0, 1.0], 0)
     x = torch.randn(2, 5, IN)
-    model(x)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     for seed, strength in enumerate([1.0, 0.2, -3.0]):
         model.exchange([4, 2], [1.0, strength], seed)
+        for layer in (model.first, model.second):
+            layer.prepare(torch.float32, torch.device("cpu"))
         expected = model(x)
         torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == 1

@@ -12,7 +12,12 @@ from torch import nn
 from autolora.c_library import CLibrary
 from autolora.fusion import Capacity, FusedLinear, Gate, record_gates
 from autolora.fusion.kernels import dispatch, native, plain
-from autolora.fusion.packed import make_gated_plan, make_sum_plan, prepare_factors
+from autolora.fusion.packed import (
+    make_gated_plan,
+    make_sum_plan,
+    output_statistics,
+    prepare_factors,
+)
 from tests.fusion.reference import (
     double_factors,
     gated_sum,
@@ -176,6 +181,75 @@ def test_a_layer_laid_out_is_the_equation_in_float64(tokens, inputs, channels, r
         assert (fused.double() - truth).norm() <= bound * truth.norm()
         over, _ = layer_of(kept, x, inplace=True)
         assert over is kept and torch.equal(over, fused)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "channels", "ranks"),
+    [*SIZES, (9, 31, 40, [33, 2, 17]), (2, 64, 96, [300])],
+)
+@torch.no_grad()
+def test_adapters_are_read_where_they_are(tokens, inputs, channels, ranks, dtype, kept):
+    generator = torch.Generator().manual_seed(tokens + channels)
+    factors = [
+        tuple(factor.to(kept) for factor in pair)
+        for pair in random_factors(ranks, inputs, channels, generator)
+    ]
+    tensors = random_gate_tensors(channels, generator)
+    strengths = [0.8, -0.5, 1.3][: len(ranks)]
+    x = torch.randn(tokens, inputs, generator=generator).to(dtype)
+    y = torch.randn(tokens, channels, generator=generator).to(dtype)
+    terms = Gate.from_diffsynth(tensors).requires_grad_(False).terms(torch.float32, CPU)
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    for gate, truth in (
+        (terms, gated_sum(y.double(), x.double(), double_factors(factors), strengths, wide)),
+        (None, plain_sum(y.double(), x.double(), double_factors(factors), strengths)),
+    ):
+        layer_of = native.prepare_adapters(factors, strengths, gate)
+        fused, means = layer_of(y, x, record=True)
+        assert (means is None) == (gate is None)
+        bound = (2e-5 if channels > 2 else 1e-3) if dtype == torch.float32 else 1e-2
+        assert (fused.double() - truth).norm() <= bound * truth.norm()
+        assert torch.equal(layer_of(y, x)[0], fused)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_factors_of_any_kind_are_taken_and_their_statistics_kept():
+    a, b = random_factors([5], 10, 24, torch.Generator().manual_seed(4))[0]
+    x, y = torch.randn(3, 10), torch.randn(3, 24)
+    gate = random_gate(24, torch.Generator().manual_seed(1)).requires_grad_(False)
+    terms = gate.terms(torch.float32, CPU)
+    fused, _ = native.prepare_adapters([(a, b)], [1.0], terms)(y, x)
+    for others in ((a.T.contiguous().T, b.T.contiguous().T), (a.double(), b.double())):
+        same, _ = native.prepare_adapters([others], [1.0], terms)(y, x)
+        torch.testing.assert_close(same, fused, rtol=1e-5, atol=1e-5)
+    kept = output_statistics(b)
+    assert output_statistics(b) is kept and kept[0].shape == (5,)
+    torch.testing.assert_close(kept[1], torch.cov(b.T, correction=0), rtol=1e-5, atol=1e-6)
+    b.mul_(2)
+    assert torch.equal(output_statistics(b)[0], 2 * kept[0])
+    assert native.prepare_adapters([(a, b)] * (native.MAX_ROWS // 5 + 1), [1.0], terms) is None
+
+
+@needs_compiler
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="needs to know the processor")
+@pytest.mark.parametrize("march", ["x86-64", "haswell", "skylake-avx512"])
+def test_other_instruction_sets_compute_the_same(march, monkeypatch, tmp_path):
+    flag = {"x86-64": "sse2", "haswell": "avx2", "skylake-avx512": "avx512bw"}[march]
+    with open("/proc/cpuinfo", encoding="utf-8") as info:
+        if flag not in info.read().split():
+            pytest.skip(f"this processor lacks {flag}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel = CLibrary(native.KERNEL.source, native._bind, native._agrees)
+    kernel.flags = ((f"-march={march}", "-fopenmp"), (f"-march={march}",))
+    monkeypatch.setattr(native, "KERNEL", kernel)
+    assert kernel.get() is not None
+    for dtype in (torch.float32, torch.bfloat16):
+        for kept in (torch.float32, torch.bfloat16, torch.float16):
+            test_adapters_are_read_where_they_are(6, 33, 130, [5, 1, 18], dtype, kept)
 
 
 @needs_compiler

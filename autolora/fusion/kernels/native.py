@@ -10,8 +10,11 @@ against `plain`, and kept in the user's cache folder. Where there is no compiler
 from __future__ import annotations
 
 import ctypes
+import struct
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,31 +23,23 @@ from autolora.c_library import CLibrary
 from autolora.fusion.gate import GateTerms
 from autolora.fusion.kernels import plain
 from autolora.fusion.packed import (
+    Factors,
     GatedPlan,
     SumPlan,
     UpProjections,
     make_gated_plan,
+    output_statistics,
     prepare_factors,
 )
 
-MAX_ROWS = 256
-"""Most packed ranks of a layer that the kernel takes."""
+MAX_ROWS = 4096
+"""Most ranks of a layer's adapters together that the kernel takes."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_GATE = ("base_weight", "base_bias", "coef_weight", "coef_bias", "out_weight")
-_POINTERS = ("down", "up", "mean", "covariance", "strengths", "offsets", *_GATE)
-_SIZES = ("inputs", "channels", "adapters", "ranks", "covariance_width")
-
-
-class _Constants(ctypes.Structure):
-    """``layer`` of gated.c."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("eps_base", ctypes.c_float),
-        ("eps_lora", ctypes.c_float),
-    ]
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# ``adapter`` and ``layer`` of gated.c. Packed by hand: ctypes' structures cost more than a switch.
+_ADAPTER = struct.Struct("@PPPPqqiiif0q")
+_LAYER = struct.Struct("@PPPPPPqqqff0q")
 
 
 def available() -> bool:
@@ -106,20 +101,91 @@ def takes(y: Tensor, x: Tensor) -> bool:
 
 def prepare_gated(plan: GatedPlan, terms: GateTerms) -> PreparedLayer | None:
     """Lay out one layer with a gate; None where the kernel does not serve it."""
-    if not _fits(plan.ups.centred) or terms.out.dtype != torch.float32 or not available():
-        return None
     library = KERNEL.get()
-    assert library is not None, "available() loads it"
+    if library is None or not _fits(plan.ups.centred) or terms.out.dtype != torch.float32:
+        return None
     return PreparedLayer(library, plan.down, plan.ups, terms)
 
 
 def prepare_sum(plan: SumPlan) -> PreparedLayer | None:
     """Lay out one layer whose adapters are summed; None where the kernel does not serve it."""
-    if not _fits(plan.up) or not available():
-        return None
     library = KERNEL.get()
-    assert library is not None, "available() loads it"
+    if library is None or not _fits(plan.up):
+        return None
     return PreparedLayer(library, plan.down, plan.up, None)
+
+
+def prepare_adapters(
+    factors: Sequence[Factors], strengths: Sequence[float], terms: GateTerms | None
+) -> PreparedLayer | None:
+    """Lay out one layer whose adapters stay where they are, in their own types.
+
+    Args:
+        factors: ``(A [r, in], B [out, r])`` per adapter, at least one.
+        strengths: One per adapter.
+        terms: The gate in float32, None for the plain sum.
+
+    Returns:
+        The layer, or None where the kernel does not serve it.
+    """
+    library = KERNEL.get()
+    if library is None or sum(a.shape[0] for a, _ in factors) > MAX_ROWS:
+        return None
+    adapters = []
+    for (a, b), strength in zip(factors, strengths, strict=True):
+        mean, covariance = (None, None) if terms is None else output_statistics(b)
+        adapters.append(_Adapter(_readable(a), _readable(b), mean, covariance, strength))
+    layer = PreparedLayer.__new__(PreparedLayer)
+    (a, b), *_ = factors
+    layer._lay_out(library, adapters, terms, a.shape[1], b.shape[0])
+    return layer
+
+
+class _Adapter(NamedTuple):
+    """One adapter for the kernel: addresses follow from the tensors."""
+
+    down: Tensor | None  # [r, in]
+    up: Tensor  # [out, r], or centred [r, out]
+    mean: Tensor | None
+    covariance: Tensor | None
+    strength: float
+    centred: bool = False
+
+    def packed(self) -> bytes:
+        down, up, mean, covariance = self[:4]
+        return _ADAPTER.pack(
+            0 if down is None else down.data_ptr(),
+            up.data_ptr(),
+            0 if mean is None else mean.data_ptr(),
+            0 if covariance is None else covariance.data_ptr(),
+            up.shape[0 if self.centred else 1],
+            0 if covariance is None else covariance.stride(0),
+            0 if down is None else _KINDS[down.dtype],
+            _KINDS[up.dtype],
+            self.centred,
+            self.strength,
+        )
+
+
+def _readable(factor: Tensor) -> Tensor:
+    """Return a factor as the kernel can read it, itself where it can."""
+    if factor.is_cpu and factor.dtype in _KINDS and factor.is_contiguous():
+        return factor
+    return factor.detach().to("cpu", torch.float32).contiguous()
+
+
+def _unpacked(down: Tensor | None, ups: UpProjections | Tensor) -> Iterator[_Adapter]:
+    """Yield the adapters of a plan, which stay parts of it."""
+    if isinstance(ups, Tensor):
+        yield _Adapter(down, ups, None, None, 1.0, centred=True)
+        return
+    for (start, end), strength in zip(
+        pairwise(ups.offsets.tolist()), ups.strengths.tolist(), strict=True
+    ):
+        rows = slice(start, end)
+        own = None if down is None else down[rows]
+        statistics = (ups.mean[rows], ups.covariance[rows])
+        yield _Adapter(own, ups.centred[rows], *statistics, strength, centred=True)
 
 
 class PreparedLayer:
@@ -127,7 +193,7 @@ class PreparedLayer:
 
     In a small layer the dozen addresses and the separate product for ``h`` that this spares cost
     more than the arithmetic. Holds the tensors that it knows the addresses of; they may be written
-    in place but not move.
+    in place but not move. Strengths are taken as they are now.
 
     Args:
         library: The kernel.
@@ -143,30 +209,39 @@ class PreparedLayer:
         ups: UpProjections | Tensor,
         terms: GateTerms | None,
     ) -> None:
-        up = ups if isinstance(ups, Tensor) else ups.centred
-        fields: dict[str, Any] = {"down": down, "up": up}
-        self._count = 0
-        if isinstance(ups, UpProjections):
-            self._count = ups.count
-            fields |= {"mean": ups.mean, "covariance": ups.covariance}
-            fields |= {"strengths": ups.strengths, "offsets": ups.offsets}
+        rows, channels = (ups if isinstance(ups, Tensor) else ups.centred).shape
+        inputs = rows if down is None else down.shape[1]
+        wide = None if down is None else down.contiguous()
+        self._lay_out(library, list(_unpacked(wide, ups)), terms, inputs, channels)
+
+    def _lay_out(
+        self,
+        library: ctypes.CDLL,
+        adapters: Sequence[_Adapter],
+        terms: GateTerms | None,
+        inputs: int,
+        channels: int,
+    ) -> None:
+        self._count = 0 if terms is None else len(adapters)
+        self._inputs, self._channels = inputs, channels
+        gate: tuple[Tensor, ...] = ()
         if terms is not None:
             gate = (terms.base_weight, terms.base_bias, terms.coef_weight, terms.coef_bias)
-            fields |= zip(_GATE, (*gate, terms.out), strict=True)
-        self._tensors = {n: t.contiguous() for n, t in fields.items() if t is not None}
-        self._inputs = up.shape[0] if down is None else down.shape[1]
-        self._channels = up.shape[1]
-        self._constants = _Constants(
-            **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
-            inputs=self._inputs,
-            channels=self._channels,
-            adapters=self._count,
-            ranks=up.shape[0],
-            covariance_width=ups.covariance.shape[1] if isinstance(ups, UpProjections) else 0,
-            eps_base=0.0 if terms is None else terms.eps_base,
-            eps_lora=0.0 if terms is None else terms.eps_lora,
+            gate = tuple(vector.contiguous() for vector in (*gate, terms.out))
+        own = ctypes.create_string_buffer(b"".join([one.packed() for one in adapters]))
+        constants = ctypes.create_string_buffer(
+            _LAYER.pack(
+                ctypes.addressof(own),
+                *([vector.data_ptr() for vector in gate] or [0] * 5),
+                inputs,
+                channels,
+                len(adapters),
+                0.0 if terms is None else terms.eps_base,
+                0.0 if terms is None else terms.eps_lora,
+            )
         )
-        self._address = ctypes.addressof(self._constants)
+        self._held = (own, constants, adapters, gate)
+        self._address = ctypes.addressof(constants)
         self._function = library.autolora_fuse
 
     def __call__(
