@@ -108,7 +108,9 @@ def _examine_files(
     located = {
         name: entry
         for name, entry in located.items()
-        if entry.complete or not family.parts[name].optional
+        if entry.complete
+        or not family.parts[name].optional
+        or getattr(config.checkpoint, name) is not None
     }
     broken = {name: p for name, entry in located.items() if (p := _wrong(family, entry))}
     absent = [n for n, entry in located.items() if not entry.complete and not entry.candidates]

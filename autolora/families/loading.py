@@ -170,7 +170,7 @@ def find_parts(config: PipelineConfig, family: Family, names: Iterable[str]) -> 
         return [
             entry
             for name, entry in located.items()
-            if not (entry.complete or family.parts[name].optional)
+            if not (entry.complete or _can_be_without(config, family, name))
         ]
 
     located = look()
@@ -182,6 +182,10 @@ def find_parts(config: PipelineConfig, family: Family, names: Iterable[str]) -> 
         names = list(family.parts)
         require(config, missing(look()))
     return located
+
+
+def _can_be_without(config: PipelineConfig, family: Family, name: str) -> bool:
+    return family.parts[name].optional and getattr(config.checkpoint, name) is None
 
 
 def read_component(
