@@ -58,7 +58,9 @@ def parse_steps(value: Any) -> Steps | None:
     last: Any = None
     if isinstance(value, str) and (match := _STEPS.fullmatch(value)):
         begin, end, only = match.groups()
-        first, last = (int(only), int(only)) if only else (int(begin or 1), int(end or 0) or None)
+        if only or begin or end:
+            first = int(only or begin or 1)
+            last = int(only or end) if only or end else None
     elif isinstance(value, (list, tuple)) and len(value) == 2:
         first, last = (1 if value[0] is None else value[0]), value[1]
     if not _is_whole(first) or not (last is None or _is_whole(last)):
