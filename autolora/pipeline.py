@@ -16,7 +16,8 @@ from autolora.generate.reproduce import shipped_gate
 from autolora.generate.search import IndexState, PoolSearch
 from autolora.lora import Pool
 from autolora.lora.pool import AdapterCache
-from autolora.request import GenerateRequest, check_batch, check_seed, parse_prompt, read_request
+from autolora.prompt_syntax import parse_prompt
+from autolora.request import GenerateRequest, check_batch, check_seed, read_request
 from autolora.styles import Style, Styles, own_styles, shipped_styles
 from autolora.unit import LoRAUnit, read_units
 

@@ -1,9 +1,4 @@
-"""What a picture is asked for with, checked before anything heavy is loaded.
-
-Prompts: ``<lora:name:0.8>`` tags, trigger words, and names for files.
-
-The tag is that of A1111 and Forge. Nothing here needs torch.
-"""
+"""What a picture is asked for with, checked before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -26,128 +21,9 @@ from autolora.config import (
 )
 from autolora.errors import GenerationError, shown
 from autolora.images import GivenImages
+from autolora.prompt_syntax import parse_prompt, plain_text
 from autolora.schema import also
-from autolora.unit import (
-    LoRAUnit,
-    Units,
-    check_steps,
-    check_strength,
-    merge_units,
-    unit_of_text,
-)
-from autolora.unit import parse_lora as parse_lora
-
-AskedLoRA = LoRAUnit
-merge_asked = merge_units
-
-MAX_PROMPT = 10_000
-"""Most characters of a prompt."""
-_TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
-_SPACES = re.compile(r"\s+")
-
-
-@dataclass(frozen=True)
-class ParsedPrompt:
-    """A prompt and what it asked for.
-
-    Attributes:
-        text: The prompt without tags.
-        loras: What the tags asked for, in order.
-    """
-
-    text: str
-    loras: tuple[LoRAUnit, ...]
-
-
-def parse_prompt(prompt: str) -> ParsedPrompt:
-    """Take the tags out of a prompt.
-
-    Args:
-        prompt: Text, with any number of ``<lora:name>`` or ``<lora:name:strength>``. Where there
-            are two strengths, as A1111 allows, the second is the transformer's.
-
-    Returns:
-        The text and the adapters.
-
-    Raises:
-        GenerationError: The prompt is empty or far too long, or a tag is not understood.
-    """
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise GenerationError("The prompt is empty; say what the picture shall show.")
-    check_text(prompt, "The prompt")
-    loras = tuple(_parse_tag(match.group(1)) for match in _TAG.finditer(prompt))
-    return ParsedPrompt(_tidy(_TAG.sub(" ", prompt)), loras)
-
-
-def check_text(text: str, what: str) -> str:
-    """Make sure that a text can be read by a text encoder.
-
-    Args:
-        text: A prompt or negative prompt.
-        what: What a message calls it.
-
-    Raises:
-        GenerationError: It is far too long, or has bytes that are no UTF-8.
-    """
-    if len(text) > MAX_PROMPT:
-        raise GenerationError(
-            f"{what} has {len(text)} characters; at most {MAX_PROMPT} are possible."
-        )
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise GenerationError(f"{what} is not valid text; save or type it as UTF-8.")
-    return text
-
-
-def _parse_tag(inside: str) -> LoRAUnit:
-    parts = inside.split(":")
-    if len(parts) > 3:
-        raise GenerationError(
-            f"The tag <lora:{shown(inside, 60)}> is not understood; write <lora:name:strength>."
-        )
-    unit = unit_of_text(parts[0], parts[-1] if len(parts) > 1 else None)
-    # A prompt may come from anywhere, so that a tag names a LoRA of the pool and no file.
-    return LoRAUnit(parts[0].strip(), unit.strength)
-
-
-def add_triggers(text: str, triggers: Sequence[str]) -> tuple[str, list[str]]:
-    """Add trigger words that a prompt does not have yet.
-
-    A word counts as there when the prompt has it as whole words, in any case.
-
-    Args:
-        text: The prompt without tags.
-        triggers: Words or phrases in the order to add them.
-
-    Returns:
-        The prompt with the missing ones after a comma, and those that were added.
-    """
-    added: list[str] = []
-    for trigger in triggers:
-        phrase = _tidy(_TAG.sub(" ", trigger)).strip(" ,")
-        if phrase and not has_phrase(", ".join([text, *added]), phrase):
-            added.append(phrase)
-    return ", ".join(part for part in (text, *added) if part), added
-
-
-def has_phrase(text: str, phrase: str) -> bool:
-    """Tell whether a text has a phrase as whole words, in any case."""
-    words = r"\s+".join(re.escape(word) for word in phrase.split())
-    return re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def slug(prompt: str, limit: int = 48) -> str:
-    """Make a file name from a prompt: lower-case words of it joined by dashes."""
-    text = _TAG.sub(" ", prompt).lower()
-    words = re.sub(r"[^\w]+", "-", text).strip("-_")
-    return words[:limit].strip("-_") or "picture"
-
-
-def _tidy(text: str) -> str:
-    """Join what the removed tags left apart."""
-    joined = _SPACES.sub(" ", text)
-    joined = re.sub(r" (?=[,.;])", "", joined)
-    return re.sub(r"(,)(?:\s*,)+", r"\1", joined).strip(" ,")
-
+from autolora.unit import LoRAUnit, Units, check_steps, check_strength
 
 MAX_SEED = 2**63 - 1
 MAX_BATCH = 16
@@ -393,21 +269,23 @@ def settle(config: PipelineConfig, asked: GenerateRequest) -> Request:
     Raises:
         GenerationError: A value is not possible.
     """
-    parsed: ParsedPrompt = parse_prompt(asked.prompt)
+    parsed = parse_prompt(asked.prompt)
+    negative, negative_notes = plain_text(asked.negative_prompt, "The negative prompt")
     images = asked.images()
     width = config.width if asked.width is None else asked.width
     height = config.height if asked.height is None else asked.height
     free = asked.width is None and asked.height is None
     width, height = images.size(SIZE_MULTIPLE, None if free else (width, height)) or (width, height)
     rounded = rounded_size(width, height)
-    notes: tuple[str, ...] = ()
+    notes = (*parsed.notes, *negative_notes)
     if (width, height) != rounded:
-        notes = (f"The size {width}x{height} was rounded up to {rounded[0]}x{rounded[1]}.",)
+        said = f"The size {width}x{height} was rounded up to {rounded[0]}x{rounded[1]}."
+        notes = (*notes, said)
     request = Request(
         typed=asked.prompt,
         prompt=parsed.text,
         tags=parsed.loras,
-        negative_prompt=check_text(asked.negative_prompt, "The negative prompt").strip(),
+        negative_prompt=negative,
         seed=asked.seed,
         steps=config.steps if asked.steps is None else asked.steps,
         width=rounded[0],

@@ -27,6 +27,7 @@ from pydantic import Field
 from autolora import schema
 from autolora.errors import AutoLoRAError, ConfigError, shown
 from autolora.files import replacing
+from autolora.infotext import copied_parameters
 from autolora.request import GenerateRequest
 from autolora.schema import STRICT, also
 from autolora.unit import Units
@@ -76,9 +77,11 @@ class Style:
         """Put the style's words into a request; its adapters are the planner's business."""
         if self == PLAIN or not asked.prompt.strip():
             return asked
+        pasted = copied_parameters(asked.prompt)
         negative = (asked.negative_prompt.strip(), self.negative_prompt)
         return asked.changed(
-            prompt=self.fill(asked.prompt),
+            # What ends a prompt of another program must stay its end.
+            prompt=self.fill(asked.prompt if pasted is None else pasted.prompt),
             negative_prompt=", ".join(part for part in negative if part),
         )
 

@@ -22,8 +22,8 @@ from autolora import schema
 from autolora.errors import GenerationError, shown
 from autolora.schema import PathField
 
-MAX_STRENGTH = 10.0
-"""Largest strength that is taken for one, of either sign."""
+MAX_STRENGTH = 20.0
+"""Largest strength that is taken for one, of either sign; sliders are made for as much."""
 MAX_UNITS = 64
 SUFFIX = ".safetensors"
 _STEPS = re.compile(r"\s*([0-9]{1,4})?\s*-\s*([0-9]{1,4})?\s*|\s*([0-9]{1,4})\s*")

@@ -383,3 +383,14 @@ def test_every_program_is_named_in_the_documentation() -> None:
     for folder in ("scripts", "examples"):
         for program in sorted((ROOT / folder).glob("*.*")):
             assert relative(program) in texts, relative(program)
+
+
+def test_every_row_of_the_compatibility_page_is_held_by_a_test() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "---" not in line]
+    rows = [row for row in rows if not re.search(r"\| test \|$", row)]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.search(r"`(tests/[\w/]+\.py)::(\w+)` \|$", row)
+        assert named, row
+        assert f"def {named.group(2)}(" in (ROOT / named.group(1)).read_text("utf-8"), row

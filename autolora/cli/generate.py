@@ -179,7 +179,8 @@ def recorded_job(
     """
     from autolora.generate.reproduce import check, load_report, repeat_options
     from autolora.images import GivenImages
-    from autolora.request import parse_prompt, read_request
+    from autolora.prompt_syntax import escape, parse_prompt
+    from autolora.request import read_request
     from autolora.unit import merge_units, read_units
 
     report = load_report(picture)
@@ -196,7 +197,8 @@ def recorded_job(
     asked = (*loras, *(parse_prompt(prompt).loras if prompt else ()))
     notes = check(report, pipe, force, [unit.name for unit in loras if unit.path is not None])
     print_notes(notes)
-    options = {**repeat_options(report), **changes}
+    repeated = repeat_options(report, lambda: pipe.pool)
+    options = {**repeated, **changes}
     images = GivenImages.of(options)[0].facts()
     if report.images and not changes.keys() & {"image", "control", "inputs"}:
         raise GenerationError(
@@ -208,10 +210,10 @@ def recorded_job(
         images = GivenImages.of(options)[0].facts()
     if images != report.images:
         notes = [*notes, "It starts from other pictures than the first one did."]
-    options["loras"] = merge_units(repeat_options(report)["loras"], asked)
+    options["loras"] = merge_units(repeated["loras"], asked)
     if prompt is not None and "use_triggers" not in changes:
         options["use_triggers"] = True
-    options["prompt"] = report.used_prompt if prompt is None else prompt
+    options["prompt"] = escape(report.used_prompt) if prompt is None else prompt
     numbers = list(seeds) or [report.seed]
     exact = not changes and prompt is None and batch is None
     # One of several seeds is drawn alone, which is no repetition of a picture from a batch.
@@ -225,6 +227,82 @@ def recorded_job(
         recorded=report if exact else None,
         notes=notes,
     )
+
+
+def is_ours(picture: Path) -> bool:
+    """Tell whether a picture is to be repeated, or holds only settings of another program.
+
+    Raises:
+        GenerationError: It cannot be read.
+    """
+    from autolora.generate.foreign import read_found
+    from autolora.generate.picture_texts import read_texts
+    from autolora.generate.report import CHUNK
+
+    texts = read_texts(picture)
+    return CHUNK in texts or read_found(texts) is None
+
+
+def foreign_job(
+    picture: Path,
+    model: str | None,
+    pool: Path | None,
+    prompt: str | None,
+    changes: Mapping[str, Any],
+    seeds: Sequence[int],
+    batch: int | None,
+    out: str | None,
+    force: bool,
+) -> tuple[AutoLoRAPipeline, Job]:
+    """Make a job with the settings of a picture that another program made.
+
+    Args:
+        picture: A picture that is not ours.
+        model: Base model; None is the usual one.
+        pool: Folder of LoRAs in place of the model's.
+        prompt: Another prompt.
+        changes: Other options for the call of the pipeline.
+        seeds: Other seeds; empty for the picture's own.
+        batch: How many to draw at once.
+        out: What ``--out`` says.
+        force: Whether to go on although LoRAs are missing.
+
+    Returns:
+        The pipeline and the job.
+
+    Raises:
+        AutoLoRAError: Its prompt cannot be used, or the pool lacks one of its LoRAs.
+    """
+    from autolora.generate.foreign import read_found, take_over
+    from autolora.generate.picture_texts import read_texts
+    from autolora.prompt_syntax import parse_prompt
+    from autolora.request import read_request
+    from autolora.unit import merge_units, read_units
+
+    found = read_found(read_texts(picture))
+    assert found is not None
+    pipe = open_pipeline(model or "tiny", pool)
+    taken = take_over(found, pipe.pool if found.loras else None, pipe.config)
+    if taken.missing and not force:
+        raise GenerationError(
+            f"The pool {shown(pipe.pool.folder)} lacks {shown(', '.join(taken.missing), 300)}; "
+            "put the files there, or --force draws without them."
+        )
+    print_notes(taken.notes)
+    said = {
+        "prompt": taken.prompt if prompt is None else prompt,
+        "negative_prompt": taken.negative_prompt,
+        "steps": taken.steps,
+        "size": taken.size,
+        "guidance": taken.guidance,
+        "retrieve": False,
+        "use_triggers": prompt is not None,
+    }
+    options = {name: value for name, value in said.items() if value is not None} | dict(changes)
+    tags = parse_prompt(prompt).loras if prompt else ()
+    options["loras"] = merge_units(taken.loras, (*read_units(changes.get("loras", ())), *tags))
+    numbers = list(seeds) or [0 if taken.seed is None else taken.seed]
+    return pipe, Job(read_request(options), numbers, out, batch=1 if batch is None else batch)
 
 
 def read_seeds(texts: Iterable[str], count: int | None) -> list[int]:
@@ -278,7 +356,7 @@ def picture_name(out: str | None, prompt: str, seed: int, many: bool) -> Path:
         GenerationError: The name cannot be a picture's.
     """
     from autolora.generate.png import check_png_name
-    from autolora.request import slug
+    from autolora.prompt_syntax import slug
 
     default = f"{slug(prompt)}-{seed}.png"
     if out is None:
@@ -298,8 +376,8 @@ EXAMPLES = examples(
     'autolora generate "a cat" --count 8 --batch 4 --size 128x96',
     'autolora generate "a cat in snow" --image cat.png --strength 0.5',
     'autolora generate "a red teapot" --lora blueprint:0.8 --no-retrieval',
-    "autolora generate --from-png teapot.png",
-    "autolora generate --from-png teapot.png --seed 9 --steps 30",
+    "autolora generate --from-image teapot.png",
+    "autolora generate --from-image teapot.png --seed 9 --steps 30",
     "autolora generate --stdin --out pictures/ < prompts.txt > results.ndjson",
 )
 
@@ -426,12 +504,14 @@ Guides = Annotated[
 NoTriggers = Annotated[
     bool, typer.Option("--no-triggers", help="Do not add trigger words to the prompt.")
 ]
-FromPng = Annotated[
+FromImage = Annotated[
     Path | None,
     typer.Option(
+        "--from-image",
         "--from-png",
         metavar="FILE",
-        help="Repeat this picture; other options change what they name.",
+        help="Repeat this picture, or take the settings of another program's; other options "
+        "change what they name.",
         show_default=False,
     ),
 ]
@@ -475,7 +555,7 @@ def generate(
     mask: Mask = None,
     control: Guides = None,
     no_triggers: NoTriggers = False,
-    from_png: FromPng = None,
+    from_image: FromImage = None,
     force: Force = False,
     stdin: Stdin = False,
     out: Out = None,
@@ -509,16 +589,17 @@ def generate(
         sys.stdin.reconfigure(errors="surrogateescape")
     text = sys.stdin.read() if prompt == "-" and not stdin else prompt
     if stdin:
-        if prompt is not None or from_png is not None:
+        if prompt is not None or from_image is not None:
             raise GenerationError("With --stdin the prompts come from stdin; leave out the other.")
         failed = run_batch(open_pipeline(model, pool), sys.stdin, options, seeds, at_once, out)
         if failed:
             raise typer.Exit(FOUND_PROBLEMS)
         return
-    if from_png is not None:
+    if from_image is not None:
         named = context.get_parameter_source("model")
         chosen = None if named is None or named.name.startswith("DEFAULT") else model
-        pipe, job = recorded_job(from_png, chosen, pool, text, options, seeds, batch, out, force)
+        job_of = recorded_job if is_ours(from_image) else foreign_job
+        pipe, job = job_of(from_image, chosen, pool, text, options, seeds, batch, out, force)
     else:
         if text is None:
             raise GenerationError("Missing argument PROMPT; say what the picture shall show.")

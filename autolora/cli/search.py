@@ -41,10 +41,11 @@ def search(
 
     A star marks what a picture would take.
     """
-    from autolora.request import parse_prompt
+    from autolora.prompt_syntax import parse_prompt
 
-    asked = {lora.name for lora in parse_prompt(prompt).loras}
     pipe = open_pipeline(model, pool)
+    tags = parse_prompt(prompt).loras
+    asked = {entry.name for lora in tags for entry in pipe.pool.find(lora.name)}
     with IndexBar() as bar:
         left_out = len(pipe.open_index(bar.update).report.left_out)
     hits = pipe.search(prompt, k)

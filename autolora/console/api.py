@@ -34,11 +34,12 @@ from autolora.console.models import (
     SearchAnswer,
     ServerRequest,
     read_desk,
-    request_of_report,
 )
 from autolora.console.studio import Studio
 from autolora.errors import AutoLoRAError, GenerationError, LoRAFormatError, PoolError, shown
-from autolora.request import parse_prompt, read_request, request_error
+from autolora.infotext import copied_parameters
+from autolora.prompt_syntax import parse_prompt
+from autolora.request import read_request, request_error
 from autolora.schema import problems
 
 
@@ -236,11 +237,15 @@ def _add_pictures(router: APIRouter, studio: Studio) -> None:
         """List the pictures of this visit, latest first."""
         return [entry.to_dict() for entry in studio.visits.entries(visit_of(request))]
 
-    @router.post("/settings", responses=_BAD, openapi_extra=_png_body())
+    @router.post("/settings", responses=_BAD, openapi_extra=_picture_body())
     async def settings(request: Request) -> dict[str, Any]:
-        """Read the settings back from a PNG file that was made here."""
+        """Read the settings in a picture: PNG, JPEG or WebP, of AutoLoRA or another program.
+
+        A text of generation parameters is read, too. LoRAs are matched to the pool by hash, then
+        by name; `missing` names those that it does not have.
+        """
         data = await request.body()
-        return await asyncio.to_thread(_settings_of_png, data)
+        return await asyncio.to_thread(studio.settings_in, data)
 
     @router.get("/queue", response_model=QueueAnswer)
     def queue() -> dict[str, Any]:
@@ -250,25 +255,11 @@ def _add_pictures(router: APIRouter, studio: Studio) -> None:
         return {"jobs": [{key: getattr(view, key) for key in keys} for view in views]}
 
 
-def _png_body() -> dict[str, Any]:
+def _picture_body() -> dict[str, Any]:
     schema = {"schema": {"type": "string", "format": "binary"}}
-    return {"requestBody": {"required": True, "content": {"image/png": schema}}}
-
-
-def _settings_of_png(data: bytes) -> dict[str, Any]:
-    import tempfile
-
-    from autolora.generate.report import Report, read_report
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture.png"
-        path.write_bytes(data)
-        try:
-            report = read_report(path)
-        except GenerationError as error:
-            raise GenerationError(str(error).replace(str(path), "The file")) from error
-    order = request_of_report(Report.from_dict(report))
-    return {"order": order.to_dict(), "model": str(report.get("model", ""))}
+    kinds = ("image/png", "image/jpeg", "image/webp", "text/plain")
+    content = {kind: schema for kind in kinds}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _add_search(router: APIRouter, studio: Studio) -> None:
@@ -300,7 +291,9 @@ def _add_search(router: APIRouter, studio: Studio) -> None:
         """Say which adapters a picture would take, for a prompt that is being typed."""
         asked = {**read_desk(body.selection), "prompt": body.prompt}
         plan = studio.plan(read_request(asked, ServerRequest))
-        return {**plan.to_dict(), "ready": studio.desk.ready, "indexing": studio.is_indexing}
+        state = {"ready": studio.desk.ready, "indexing": studio.is_indexing}
+        pasted = copied_parameters(body.prompt) is not None
+        return {**plan.to_dict(), **state, "pasted": pasted}
 
 
 def _add_styles(router: APIRouter, studio: Studio) -> None:

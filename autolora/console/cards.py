@@ -16,7 +16,8 @@ from autolora.config import PipelineConfig
 from autolora.console.catalog import Catalog, Item
 from autolora.errors import AutoLoRAError
 from autolora.generate.plan import Pick, pick
-from autolora.request import GenerateRequest, ParsedPrompt, parse_prompt
+from autolora.prompt_syntax import ParsedPrompt, parse_prompt
+from autolora.request import GenerateRequest
 from autolora.styles import Style
 
 if TYPE_CHECKING:
@@ -190,8 +191,10 @@ def make_plan(
             somebody asked for it.
     """
     words = parse_prompt(asked.prompt) if asked.prompt.strip() else ParsedPrompt("", ())
-    picks = pick(asked, words.text, words.loras, style, config, desk.choose, "pinned")
-    notes: list[str] = []
+    picks = pick(
+        asked, words.text, words.loras, style, config, desk.choose, "pinned", catalog.resolve
+    )
+    notes: list[str] = list(words.notes)
     cards = []
     for entry in picks:
         try:

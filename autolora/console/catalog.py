@@ -187,7 +187,9 @@ class Catalog:
         """
         found = self._items.get(name)
         if found is None:
-            self._pool().entry(name)
+            name = self._pool().entry(name).name
+            found = self._items.get(name)
+        if found is None:
             raise PoolError(f"{shown(name)!r} is new in the pool; try again in a moment.")
         if not found.read:
             found = _read(found)
@@ -195,6 +197,15 @@ class Catalog:
                 if name in self._items:
                     self._items[name] = found
         return found
+
+    def resolve(self, name: str) -> str:
+        """The pool's name for what a name means; the name itself where that is not clear."""
+        if name in self._items:
+            return name
+        try:
+            return self._pool().resolve(name)
+        except PoolError:
+            return name  # there is no pool yet
 
     def page(
         self, text: str = "", tag: str = "", format: str = "", start: int = 0, count: int = PAGE

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.errors import GenerationError
-from autolora.request import slug
+from autolora.prompt_syntax import slug
 
 if TYPE_CHECKING:
     from autolora.generate.report import Output

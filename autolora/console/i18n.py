@@ -41,6 +41,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "by_style": "as the style says",
         "style": "Style",
         "save_style": "Save as style",
+        "take_settings": "Take over the pasted settings",
         "style_name": "Name of the style",
         "save": "Save",
         "cancel": "Cancel",
@@ -155,6 +156,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "by_style": "跟随风格",
         "style": "风格",
         "save_style": "存为风格",
+        "take_settings": "采用粘贴的设置",
         "style_name": "风格名称",
         "save": "保存",
         "cancel": "取消",
@@ -366,7 +368,41 @@ CHINESE: Mapping[str, str] = {
     "{} holds no report; it was not made by AutoLoRA.": (
         "{} 里没有生成记录；它不是 AutoLoRA 生成的。"
     ),
-    "{} cannot be read as a PNG picture: {}.": "无法把 {} 作为 PNG 图片读取：{}。",
+    "{} cannot be read as a PNG, JPEG or WebP picture: {}.": (
+        "无法把 {} 作为 PNG、JPEG 或 WebP 图片读取：{}。"
+    ),
+    "The file is no picture and holds no generation parameters; choose a PNG, JPEG or WebP "
+    "picture, or a .safetensors file to add it to the pool.": (
+        "该文件不是图片，也不含生成参数；请选择 PNG、JPEG 或 WebP 图片，或选择 .safetensors "
+        "文件加入模型库。"
+    ),
+    "The picture says nothing about how it was made.": "这张图片里没有生成信息。",
+    "Not in the pool: {}.": "模型库中没有：{}。",
+    "Made by {}: these settings give a like picture, not the same.": (
+        "由 {} 生成：这些设置只能画出相似的图片。"
+    ),
+    "The picture's {}, {}, was not taken over: {}.": "图片的 {}（{}）未采用：{}。",
+    "The picture has {} steps; at most {} are drawn here.": "图片用了 {} 步；这里最多 {} 步。",
+    "{} is another file than in the picture.": "{} 与图片所用的文件不同。",
+    # What was left out of a prompt
+    "The prompt ends with settings of another program ({}); they were taken out of it and are not "
+    "used.": "提示词末尾有其他程序的设置（{}）；已去掉，未使用。",
+    "Weights of words such as {} are not known to this model; the words are read without them. A "
+    "backslash before a bracket keeps it.": (
+        "这个模型不支持 {} 这样的权重；只读取文字。在括号前加反斜杠可保留括号。"
+    ),
+    "{} is a choice; its first, {}, was taken.": "{} 是选项；取第一个 {}。",
+    "{} names a file of wildcards, which are not known here; left out.": (
+        "{} 是通配符文件，这里不支持；已去掉。"
+    ),
+    "{} means nothing here and was taken out of the prompt.": (
+        "{} 在这里没有意义，已从提示词中去掉。"
+    ),
+    "Of the tag {}, {} was not used.": "标签 {} 中的 {} 未使用。",
+    "BREAK parts prompts in other programs; left out.": "BREAK 在其他程序中用于分段；已去掉。",
+    "Pool {} has {} LoRAs that {} may mean: {}; name one of them.": (
+        "模型库（{0}）中有 {1} 个 LoRA 可能是 {2}：{3}；请指明其中一个。"
+    ),
     "The file": "该文件",
     # The pool's page
     "A file cannot be added under the name {}; send a plain file name without folders, such as "

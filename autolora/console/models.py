@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, model_validator
 
 from autolora.errors import GenerationError
 from autolora.generate.report import Report
 from autolora.images import GivenImages
-from autolora.request import MAX_SEED, GenerateRequest, parse_prompt, read_request
+from autolora.prompt_syntax import escape, parse_prompt
+from autolora.request import MAX_SEED, GenerateRequest, read_request
 from autolora.unit import MAX_UNITS
+
+if TYPE_CHECKING:
+    from autolora.generate.foreign import Taken
 
 MAX_STEPS = 50
 MAX_PICTURES = 20
@@ -121,26 +126,62 @@ def desk_of(asked: GenerateRequest) -> dict[str, Any]:
     }
 
 
-def request_of_report(report: Report) -> ServerRequest:
+def request_of_report(
+    report: Report, names: Mapping[str, str | None] | None = None
+) -> ServerRequest:
     """Settings that make a picture again, from the report inside it.
+
+    Args:
+        report: The report.
+        names: What its adapters are called now, by their names in it; None for one that is gone.
 
     Raises:
         GenerationError: The report has a value that no server takes.
     """
     added = any(used.triggers for used in report.adapters)
+    now = {} if names is None else names
+    units = [
+        replace(used.to_unit(), name=name)
+        for used in report.adapters
+        if (name := now.get(used.name, used.name)) is not None
+    ]
     # Tags would fix what the pins leave free; trigger words that were added are added again.
     return read_request(
         {
-            "prompt": parse_prompt(report.prompt).text if added else report.used_prompt,
-            "negative_prompt": report.negative_prompt,
+            "prompt": escape(parse_prompt(report.prompt).text if added else report.used_prompt),
+            "negative_prompt": escape(report.negative_prompt),
             "seed": report.seed,
             "steps": report.steps,
             "size": (report.width, report.height),
             "guidance": report.guidance,
             "strategy": report.strategy,
-            "loras": [used.to_unit() for used in report.adapters],
+            "loras": units,
             "retrieve": False,
             "use_triggers": added,
+        },
+        ServerRequest,
+    )
+
+
+def request_of_taken(taken: Taken) -> ServerRequest:
+    """Settings of a picture that another program made, as far as a server takes them."""
+    seed = taken.seed
+    if seed is None or seed > MAX_SEED - MAX_PICTURES:
+        seed = RANDOM_SEED
+    said = {
+        "steps": None if taken.steps is None else min(taken.steps, MAX_STEPS),
+        "size": taken.size,
+        "guidance": taken.guidance,
+    }
+    return read_request(
+        {
+            "prompt": taken.prompt,
+            "negative_prompt": taken.negative_prompt,
+            "seed": seed,
+            "loras": taken.loras,
+            "retrieve": False,
+            "use_triggers": False,
+            **{name: value for name, value in said.items() if value is not None},
         },
         ServerRequest,
     )

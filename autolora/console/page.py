@@ -430,7 +430,7 @@ def _studio_tab(forms: Forms, said: Mapping[str, dict[str, Any]]) -> dict[str, A
                     **said["stop"], size="lg", elem_id="al-stop", interactive=False, scale=1
                 )
             compare = gr.Checkbox(**said["compare"], elem_id="al-compare", container=False)
-            desk = widget("desk", forms.selection(), "save_style")
+            desk = widget("desk", forms.selection(), "save_style", "restore")
             with gr.Accordion(**said["settings"], open=False, elem_id="al-settings") as settings:
                 fields = _settings(forms, said)
         with gr.Column(scale=7, min_width=320, elem_id="al-right"):
@@ -505,7 +505,7 @@ def _connect(page: gr.Blocks, forms: Forms, parts: Mapping[str, Any]) -> None:
     )
     parts["stop"].click(forms.stop, queue=False, **QUIET)
     page.unload(forms.leave)
-    for source in (stage, parts["history"]):
+    for source in (stage, parts["history"], desk):
         source.restore(forms.restore, None, [*values, stage], queue=False, **QUIET)
     stage.reuse(forms.reuse, None, parts["seed"], queue=False, **QUIET)
     saved = [parts["prompt"], parts["strategy"], desk]

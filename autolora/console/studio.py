@@ -17,8 +17,10 @@ from autolora.console.catalog import Catalog, Covers
 from autolora.console.history import Entry, Picture, PictureStore, Visits
 from autolora.console.jobs import Job, JobCancelled, JobQueue, JobView, Task, unexpected
 from autolora.console.models import ServerRequest, request_of_report
+from autolora.console.settings import settings_in
 from autolora.errors import AutoLoRAError, GenerationError, PoolError
 from autolora.lora import Pool
+from autolora.prompt_syntax import escape
 from autolora.request import settle
 from autolora.styles import Style, Styles, shipped_styles
 from autolora.unit import check_steps
@@ -220,7 +222,7 @@ class Studio:
         if cards is not None and job.results:
             # All pictures of a comparison read what the first one read.
             read = job.results[0].report["used_prompt"]
-            wanted = wanted.changed(prompt=read, use_triggers=False)
+            wanted = wanted.changed(prompt=escape(read), use_triggers=False)
         output = self.pipe.generate_many(
             wanted,
             [seed],
@@ -238,6 +240,21 @@ class Studio:
                 again = request_of_report(output.report)
             self.visits.add(visit, Entry(picture, again.to_dict()))
         return picture
+
+    def settings_in(self, data: bytes) -> dict[str, Any]:
+        """Read the settings in a picture or a text of generation parameters that somebody gave.
+
+        Args:
+            data: A file: of AutoLoRA or another program.
+
+        Returns:
+            ``order`` for the form, ``model`` and ``program`` that made it, the names that are
+            ``missing`` from the pool, and ``notes``.
+
+        Raises:
+            GenerationError: It holds no settings that are understood.
+        """
+        return settings_in(data, self.pool(), self.pipe.config)
 
     # The pool
 
@@ -352,4 +369,4 @@ def _explain(report: Report, cards: list[Card], notes: list[str]) -> None:
         if hit := found.get(used.name):
             used.score = round(hit.score, 4)
             used.channels = {name: round(p, 4) for name, p in hit.channels.items()}
-    report.notes = [*notes, *report.notes]
+    report.notes = list(dict.fromkeys([*notes, *report.notes]))

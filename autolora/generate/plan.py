@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +25,10 @@ from autolora.generate.reproduce import identify_base, program_versions
 from autolora.generate.search import PoolSearch
 from autolora.lora import Pool
 from autolora.lora.metadata import recommended_strength
-from autolora.request import (
-    GenerateRequest,
-    Request,
-    add_triggers,
-    has_phrase,
-    parse_prompt,
-    settle,
-)
+from autolora.prompt_syntax import add_triggers, has_phrase, parse_prompt
+from autolora.request import GenerateRequest, Request, settle
 from autolora.styles import PLAIN, Style
-from autolora.unit import LoRAUnit, check_steps, matching_layers, merge_units
+from autolora.unit import MAX_STRENGTH, LoRAUnit, check_steps, matching_layers, merge_units
 
 if TYPE_CHECKING:
     from autolora.fusion import GateBank
@@ -89,6 +83,7 @@ def pick(
     config: PipelineConfig,
     find: Find,
     source: str = "asked",
+    resolve: Callable[[str], str] = str,
 ) -> list[Pick]:
     """Choose the adapters of a picture: for every face, while somebody types and when it is made.
 
@@ -103,6 +98,7 @@ def pick(
         config: The base model's configuration.
         find: The search.
         source: What what is asked for by name counts as: a key of `WHY`.
+        resolve: Gives the pool's name for a name that somebody wrote.
 
     Returns:
         First those that were named, then what was found, best first.
@@ -113,10 +109,10 @@ def pick(
     top_k = config.top_k if asked.top_k is None else asked.top_k
     if problem := top_k_problem(top_k):
         raise GenerationError(f"{problem[0].upper()}{problem[1:]}.", where="top_k")
-    named = {unit.name: (unit, source) for unit in asked.loras}
-    named |= {unit.name: (unit, "prompt") for unit in tags}
+    named = {unit.name: (unit, source) for unit in _resolved(asked.loras, resolve)}
+    named |= {unit.name: (unit, "prompt") for unit in _resolved(tags, resolve)}
     for units, origin in ((style.loras, "style"), (config.loras, "model")):
-        for unit in units:
+        for unit in _resolved(units, resolve):
             kept = unit if unit.name not in asked.drop else replace(unit, enabled=False)
             named.setdefault(unit.name, (kept, origin))
     picks = [Pick(_set(unit, asked), origin) for unit, origin in named.values() if unit.enabled]
@@ -131,6 +127,13 @@ def pick(
         fresh = [hit for hit in hits if hit.name not in off][:room]
         picks += [Pick(_set(LoRAUnit(hit.name), asked), "found", hit) for hit in fresh]
     return picks
+
+
+def _resolved(units: Iterable[LoRAUnit], resolve: Callable[[str], str]) -> Iterator[LoRAUnit]:
+    """Units under the names of the pool; one with a file of its own is called what it is called."""
+    for unit in units:
+        name = unit.name if unit.path is not None else resolve(unit.name)
+        yield unit if name == unit.name else replace(unit, name=name)
 
 
 def _set(unit: LoRAUnit, asked: GenerateRequest) -> LoRAUnit:
@@ -376,7 +379,13 @@ def base_notes(base: Any, request: Request, chosen: Sequence[Chosen], prompt: st
 
 def _strength_note(entry: Chosen) -> str | None:
     """Say that an adapter acts more strongly, or weakly, than it is meant to."""
-    bounds, strength = entry.lora.metadata.strength_bounds, entry.strength
+    metadata, strength = entry.lora.metadata, entry.strength
+    bounds, preferred = metadata.strength_bounds, metadata.preferred_strength
+    if preferred and strength == recommended_strength(metadata) != preferred:
+        return (
+            f"{shown(entry.lora.name)} acts at strength {strength:g}: the {preferred:g} that its "
+            f"author recommends is {_outside(bounds)}."
+        )
     if bounds is not None and bounds[0] <= bounds[1]:
         if bounds[0] <= strength <= bounds[1]:
             return None
@@ -386,6 +395,12 @@ def _strength_note(entry: Chosen) -> str | None:
     else:
         return None
     return f"{shown(entry.lora.name)} acts at strength {strength:g}; {advice}."
+
+
+def _outside(bounds: tuple[float, float] | None) -> str:
+    if bounds is None:
+        return f"beyond {MAX_STRENGTH:g}"
+    return f"outside the bounds that they give, {bounds[0]:g} to {bounds[1]:g}"
 
 
 def _two_passes(base: Any, request: Request) -> bool:
@@ -450,7 +465,15 @@ class Planner:
         notes: list[str] = []
         clock = Clock()
         if picks is None:
-            picks = pick(asked, words.text, words.loras, style, self._config, self._find(notes))
+            picks = pick(
+                asked,
+                words.text,
+                words.loras,
+                style,
+                self._config,
+                self._find(notes),
+                resolve=self._resolve,
+            )
         chosen = self._load(picks, notes)
         if standing.chosen:
             names = {entry.lora.name for entry in chosen}
@@ -472,7 +495,15 @@ class Planner:
     def choose(self, asked: GenerateRequest, style: Style = PLAIN) -> list[Hit]:
         """Search for adapters beside those that are named, in the order in which they are taken."""
         words = parse_prompt(asked.prompt)
-        picks = pick(asked, words.text, words.loras, style, self._config, self._search().choose)
+        picks = pick(
+            asked,
+            words.text,
+            words.loras,
+            style,
+            self._config,
+            self._search().choose,
+            resolve=self._resolve,
+        )
         return [entry.hit for entry in picks if entry.hit is not None]
 
     def check(self, asked: GenerateRequest, style: Style = PLAIN) -> None:
@@ -486,6 +517,13 @@ class Planner:
         for unit in merge_units(asked.loras, request.tags):
             if unit.enabled and not _has_file(unit):
                 self._pool().entry(unit.name)
+
+    def _resolve(self, name: str) -> str:
+        """The pool's name for one that somebody wrote; without a pool it stays."""
+        try:
+            return self._pool().resolve(name)
+        except PoolError:
+            return name
 
     def _find(self, notes: list[str]) -> Find:
         """The search, which also notes what it left out; nothing while adapters stay attached."""

@@ -1,21 +1,11 @@
-"""PNG files with text in them: written whole or not at all, read with care.
-
-Nothing here needs torch.
-
-The workflow that ComfyUI writes into pictures, read as far as people want to see it.
-
-It stands in the chunk ``prompt``: a JSON object of nodes by id, each with its ``class_type`` and
-its ``inputs``, which are plain values or links ``[node, output]``. Nothing here needs torch.
-"""
+"""PNG files with text in them, written whole or not at all. Nothing here needs torch."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -23,9 +13,6 @@ from autolora.errors import GenerationError, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MAX_PIXELS = 1 << 26
-"""Largest picture that is opened for its text, far above what any base model draws."""
 
 
 def check_png_name(path: Path) -> Path:
@@ -112,34 +99,6 @@ def write_png(image: Image, texts: Mapping[str, str], path: Path, overwrite: boo
         ) from error
 
 
-def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the text chunks of a PNG file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Text by chunk keyword.
-
-    Raises:
-        GenerationError: The file cannot be read, is no PNG, or is damaged.
-    """
-    from PIL import Image, PngImagePlugin
-
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width}x{image.height} pixels")
-            assert isinstance(image, PngImagePlugin.PngImageFile)
-            # Decodes the pixels too, as text may stand behind them; a truncated file shows here.
-            return {str(key): str(text) for key, text in image.text.items()}
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise GenerationError(
-            f"{shown(path)} cannot be read as a PNG picture: "
-            f"{shown(getattr(error, 'strerror', None) or error)}."
-        ) from error
-
-
 def _place(temporary: Path, target: Path, overwrite: bool) -> Path:
     """Give a finished file its name; a hard link never replaces what is there."""
     if overwrite:
@@ -165,43 +124,3 @@ def _free_names(target: Path) -> Iterator[Path]:
     while True:
         yield target.with_name(f"{target.stem}-{number}{target.suffix}")
         number += 1
-
-
-WORKFLOW_CHUNK = "prompt"
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node of a workflow.
-
-    Attributes:
-        kind: Its class, such as ``KSampler`` or ``LoraLoader``.
-        values: Its plain inputs by name; links to other nodes are left out.
-    """
-
-    kind: str
-    values: dict[str, str | int | float | bool]
-
-
-def read_workflow(text: str) -> list[Node]:
-    """Read the nodes of a workflow.
-
-    Args:
-        text: A picture's chunk ``prompt``.
-
-    Returns:
-        The nodes in their order; empty where the text is no workflow.
-    """
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    nodes = []
-    for entry in found.values() if isinstance(found, dict) else ():
-        if not isinstance(entry, dict) or not isinstance(entry.get("class_type"), str):
-            return []
-        inputs = entry.get("inputs")
-        inputs = inputs if isinstance(inputs, dict) else {}
-        values = {k: v for k, v in inputs.items() if isinstance(v, str | int | float)}
-        nodes.append(Node(entry["class_type"], values))
-    return nodes

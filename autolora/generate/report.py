@@ -4,14 +4,9 @@ The facts travel with the picture, in two PNG text chunks: ``parameters``, as A1
 that other programs can read prompt and LoRAs, and ``autolora``, the report as JSON, from which
 `autolora.generate.reproduce` makes the picture again. Nothing here needs torch.
 
-The text that A1111 and Forge write into pictures, and that many programs read.
-
-It is the prompt, a line ``Negative prompt: ...`` where there is one, and one line of settings
-``Steps: 20, Sampler: Euler, ...``. A value with a comma, colon or line break is a JSON string
-(A1111, ``modules/infotext_utils.py``). LoRAs stand twice: as ``<lora:name:strength>`` after the
-prompt, and with hashes in the setting ``Lora hashes``: 12 digits of the SHA-256 of a safetensors
-file's data, which stays the same when somebody edits its header, and which Civitai knows as AutoV3.
-Nothing here needs torch.
+LoRAs stand twice in `parameters`: as ``<lora:name:strength>`` after the prompt, and with hashes in
+the setting ``Lora hashes``: 12 digits of the SHA-256 of a safetensors file's data, which stays the
+same when somebody edits its header, and which Civitai knows as AutoV3.
 """
 
 from __future__ import annotations
@@ -19,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,36 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 from autolora import schema
 from autolora.errors import GenerationError, shown
-from autolora.generate.png import encode_png, read_texts, write_png
+from autolora.generate.picture_texts import PARAMETERS_CHUNK, read_texts
+from autolora.generate.png import encode_png, write_png
+from autolora.infotext import NEGATIVE, guard, quote
+from autolora.lora.names import parameter_name
 from autolora.unit import LoRAUnit, read_units
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PARAMETERS_CHUNK = "parameters"
 LORA_HASH_DIGITS = 12
 MODEL_HASH_DIGITS = 10
-
-_NEGATIVE = "Negative prompt:"
-# A1111's pattern with a bound on names, without which a long line takes its square in time.
-_SETTING = re.compile(r'(\w[\w \-/]{1,100}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
-_FEWEST_SETTINGS = 3  # with fewer, A1111 takes the last line for a part of the prompt
-_NOT_IN_NAMES = re.compile(r'[:,<>"\\\s]+')
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """What such a text says.
-
-    Attributes:
-        prompt: The prompt with its tags.
-        negative_prompt: What the picture shall not show.
-        settings: The settings as text, by name.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    settings: dict[str, str] = field(default_factory=dict)
 
 
 def write_parameters(report: Report) -> str:
@@ -68,7 +43,9 @@ def write_parameters(report: Report) -> str:
     Returns:
         The text, in at least two lines.
     """
-    tags = "".join(f" <lora:{_plain(lora.name)}:{lora.strength:g}>" for lora in report.adapters)
+    tags = "".join(
+        f" <lora:{parameter_name(lora.name)}:{lora.strength:g}>" for lora in report.adapters
+    )
     # A model with embedded guidance has the usual scale beside it, 1 where it is turned off.
     embedded = report.true_cfg is not None
     base = report.base
@@ -86,71 +63,21 @@ def write_parameters(report: Report) -> str:
         "Lora hashes": _lora_hashes(report),
         "Version": f"AutoLoRA {report.versions.get('autolora', '')}".strip(),
     }
-    lines = [_guard(report.used_prompt) + tags]
+    lines = [guard(report.used_prompt) + tags]
     if report.negative_prompt:
-        lines.append(f"{_NEGATIVE} {_guard(report.negative_prompt)}")
+        lines.append(f"{NEGATIVE} {guard(report.negative_prompt)}")
     known = ((name, value) for name, value in settings.items() if value is not None)
-    lines.append(", ".join(f"{name}: {_quote(str(value))}" for name, value in known))
+    lines.append(", ".join(f"{name}: {quote(str(value))}" for name, value in known))
     return "\n".join(lines)
-
-
-def read_parameters(text: str) -> Parameters:
-    """Read generation parameters as A1111 does, whoever wrote them.
-
-    Args:
-        text: A picture's ``parameters``.
-
-    Returns:
-        Prompts and settings; a text without settings is all prompt.
-    """
-    *lines, last = text.strip().split("\n")
-    pairs = _SETTING.findall(last)
-    if len(pairs) < _FEWEST_SETTINGS:
-        lines, pairs = [*lines, last], []
-    parts: tuple[list[str], list[str]] = ([], [])
-    negative = False
-    for line in (line.strip() for line in lines):
-        negative = negative or line.startswith(_NEGATIVE)
-        parts[negative].append(line.removeprefix(_NEGATIVE).strip() if negative else line)
-    # Blank lines count between others only.
-    prompt, negative_prompt = ("\n".join(part).lstrip("\n") for part in parts)
-    return Parameters(prompt, negative_prompt, {name: _unquote(value) for name, value in pairs})
 
 
 def _lora_hashes(report: Report) -> str | None:
     pairs = [
-        f"{_plain(lora.name)}: {lora.data_sha256[:LORA_HASH_DIGITS]}"
+        f"{parameter_name(lora.name)}: {lora.data_sha256[:LORA_HASH_DIGITS]}"
         for lora in report.adapters
         if lora.data_sha256
     ]
     return ", ".join(pairs) or None
-
-
-def _plain(name: str) -> str:
-    """Take out of a name what ends a tag or a pair; A1111 has no way to escape it."""
-    kept = "".join(char if char.isprintable() else " " for char in name)
-    return _NOT_IN_NAMES.sub(" ", kept).strip()
-
-
-def _guard(text: str) -> str:
-    """Keep a line of a prompt from being read as the beginning of the negative prompt."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return "\n".join(re.sub(r"^(\s*Negative prompt):", r"\1 :", line) for line in lines)
-
-
-def _quote(value: str) -> str:
-    if not re.search(r"[,:\n]", value):
-        return value
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _unquote(value: str) -> str:
-    if len(value) < 2 or value[0] != '"' or value[-1] != '"':
-        return value
-    try:
-        return str(json.loads(value))
-    except ValueError:
-        return value
 
 
 CHUNK = "autolora"
@@ -375,7 +302,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the report back from a picture.
 
     Args:
-        path: A PNG file that `Output.save` wrote.
+        path: A picture; those that `Output.save` wrote have one.
 
     Returns:
         The report as plain data; `Report.from_dict` takes it.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,10 +28,10 @@ import autolora
 from autolora.config import PipelineConfig
 from autolora.errors import GenerationError, LoRAFormatError, shown
 from autolora.families.registry import find_family
-from autolora.generate.png import WORKFLOW_CHUNK, read_texts
+from autolora.generate.foreign import read_found
+from autolora.generate.picture_texts import read_texts
 from autolora.generate.report import (
     CHUNK,
-    PARAMETERS_CHUNK,
     BaseModel,
     Output,
     Report,
@@ -39,6 +39,9 @@ from autolora.generate.report import (
     read_report,
 )
 from autolora.lora import Pool
+from autolora.lora.hashes import find_by_hash
+from autolora.lora.pool import PoolEntry
+from autolora.prompt_syntax import escape
 from autolora.runtime.checkpoints import locate
 from autolora.safetensors_io import file_sha256
 
@@ -230,10 +233,10 @@ def load_report(path: str | Path) -> Report:
         GenerationError: It is no picture, was made by another program, or its report is damaged.
     """
     texts = read_texts(path)
-    if CHUNK not in texts and (PARAMETERS_CHUNK in texts or WORKFLOW_CHUNK in texts):
+    if CHUNK not in texts and read_found(texts) is not None:
         raise GenerationError(
             f"{shown(path)} was made by another program, so that it cannot be repeated; "
-            "`autolora show` prints its prompt and settings."
+            "`autolora generate --from-image` draws a like one from its settings."
         )
     try:
         report = Report.from_dict(read_report(path))
@@ -256,10 +259,13 @@ def compare(report: Report, pipe: Pipeline, brought: Collection[str] = ()) -> Di
         What differs.
     """
     missing, content = [], []
-    for used in (used for used in report.adapters if used.name not in brought):
-        if used.name not in pipe.pool:
+    located = locate_adapters(report, pipe.pool, brought) if report.adapters else []
+    for used, entry in zip(report.adapters, located, strict=True):
+        if used.name in brought:
+            continue
+        if entry is None:
             missing.append(f"{shown(used.name)} ({used.sha256[:_HASH_DIGITS] or 'hash unknown'})")
-        elif changed := _changed_adapter(used, pipe.pool):
+        elif changed := _changed_adapter(used, entry):
             content.append(changed)
     now = identify_base(pipe.config)
     content += _changed_settings(report, pipe.config)
@@ -295,7 +301,7 @@ def check(
     if found.missing:
         raise GenerationError(
             f"The picture cannot be repeated: the pool {shown(pipe.pool.folder)} has no LoRA "
-            f"{', '.join(found.missing)}; put the file there under that name, or name the pool "
+            f"{', '.join(found.missing)}; put the file there, or name the pool "
             "that has it by --pool."
         )
     if found.content and not force:
@@ -311,21 +317,56 @@ def check(
     return notes
 
 
-def repeat_options(report: Report) -> dict[str, Any]:
+def locate_adapters(
+    report: Report, pool: Pool, brought: Collection[str] = ()
+) -> list[PoolEntry | None]:
+    """Find the files of the adapters of a picture: by their hashes, then by their names.
+
+    Args:
+        report: The picture's.
+        pool: The pool; files may have got other names or folders there.
+        brought: Names of adapters that are not looked for.
+
+    Returns:
+        A file for each adapter, which has other bytes where only its name fits; None where nothing
+        does. No file stands for two.
+    """
+    located: list[PoolEntry | None] = []
+    for used in report.adapters:
+        if used.name in brought:
+            located.append(None)
+            continue
+        taken = {entry.name for entry in located if entry is not None}
+        named = [entry for entry in pool.find(used.name) if entry.name not in taken]
+        found = find_by_hash(pool, used.sha256, named, taken) if used.sha256 else None
+        located.append(named[0] if found is None and len(named) == 1 else found)
+    return located
+
+
+def repeat_options(report: Report, pool: Callable[[], Pool]) -> dict[str, Any]:
     """Return what to call the pipeline with, beside prompt and seed, to repeat a picture.
 
     Args:
-        report: The picture's; its ``used_prompt`` is the prompt to call with.
+        report: The picture's; its ``used_prompt``, escaped, is the prompt to call with.
+        pool: Gives the pool where the adapters are. One that has another name there takes part
+            under its old one, as the last bits of a picture hang on the order of the names.
     """
+    # A picture without adapters needs no pool.
+    located = locate_adapters(report, pool()) if report.adapters else []
+    units = []
+    for used, entry in zip(report.adapters, located, strict=True):
+        renamed = entry is not None and entry.name != used.name
+        unit = used.to_unit()
+        units.append(dataclasses.replace(unit, path=entry.path) if renamed and entry else unit)
     return {
-        "loras": [used.to_unit() for used in report.adapters],
+        "loras": units,
         "retrieve": False,
         "use_triggers": False,
         "strategy": report.strategy,
         "steps": report.steps,
         "size": (report.width, report.height),
         "guidance": report.guidance,
-        "negative_prompt": report.negative_prompt,
+        "negative_prompt": escape(report.negative_prompt),
         "text_encoders": report.text_encoders,
     }
 
@@ -377,15 +418,14 @@ def repeat(path: str | Path, pipe: Pipeline, force: bool = False, **options: Any
     recorded = load_report(path)
     notes = check(recorded, pipe, force)
     seeds = recorded.batch or [recorded.seed]
-    given = {**repeat_options(recorded), **options}
-    outputs = pipe.generate_many(recorded.used_prompt, seeds, batch=len(seeds), **given)
+    given = {**repeat_options(recorded, lambda: pipe.pool), **options}
+    outputs = pipe.generate_many(escape(recorded.used_prompt), seeds, batch=len(seeds), **given)
     output = outputs[seeds.index(recorded.seed)]
     output.report = restore_facts(output.report, recorded, notes)
     return output
 
 
-def _changed_adapter(used: UsedAdapter, pool: Pool) -> str | None:
-    entry = pool.entry(used.name)
+def _changed_adapter(used: UsedAdapter, entry: PoolEntry) -> str | None:
     try:
         found = file_sha256(entry.path)
     except LoRAFormatError as error:

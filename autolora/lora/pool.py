@@ -25,6 +25,7 @@ from autolora.errors import LoRAFormatError, PoolError, shown
 from autolora.files import is_plain_name
 from autolora.lora.formats import Description, describe_file
 from autolora.lora.metadata import Metadata
+from autolora.lora.names import NameIndex
 
 if TYPE_CHECKING:
     import torch
@@ -406,6 +407,7 @@ class Pool:
                 "put some in it, or name another folder."
             )
         self._by_name = {entry.name: entry for entry in self.entries}
+        self._index: NameIndex | None = None
 
     @property
     def names(self) -> list[str]:
@@ -432,16 +434,21 @@ class Pool:
         """Look up a LoRA file.
 
         Args:
-            name: Its name in the pool.
+            name: Its name in the pool, or one that only it can mean.
 
         Returns:
             The entry.
 
         Raises:
-            PoolError: No LoRA has this name; the message suggests some that have a like one.
+            PoolError: No LoRA has this name, or several may be meant; the message names some.
         """
-        entry = self._by_name.get(name)
-        if entry is None:
+        found = self.find(name)
+        if len(found) > 1:
+            raise PoolError(
+                f"Pool {shown(self.folder)} has {len(found)} LoRAs that {shown(name)!r} may mean: "
+                f"{', '.join(shown(entry.name) for entry in found[:5])}; name one of them."
+            )
+        if not found:
             folded = {known.casefold(): known for known in self._by_name}
             close = get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
             hint = (
@@ -453,7 +460,29 @@ class Pool:
                 f"No LoRA named {shown(name)!r} in pool {shown(self.folder)} "
                 f"({len(self)} LoRAs); {hint}"
             )
-        return entry
+        return found[0]
+
+    def find(self, name: str) -> list[PoolEntry]:
+        """Find the files that a name may mean, as people and other programs write it.
+
+        Args:
+            name: A name of the pool, or a like one: see `autolora.lora.names`.
+
+        Returns:
+            The file of exactly this name; else those that fit it best, more than one where it is
+            not clear.
+        """
+        exact = self._by_name.get(name)
+        if exact is not None:
+            return [exact]
+        if self._index is None:
+            self._index = NameIndex(self.folder, self.entries)
+        return self._index.find(name)
+
+    def resolve(self, name: str) -> str:
+        """Return the name of the one file that a name may mean; the name itself otherwise."""
+        found = self.find(name)
+        return found[0].name if len(found) == 1 else name
 
     def load(self, name: str, family: str | None = None) -> LoRA:
         """Load a LoRA, or take it from the cache when its file has not changed.
@@ -469,7 +498,8 @@ class Pool:
             PoolError: No LoRA has this name.
             LoRAFormatError: Its file cannot be used.
         """
-        return self.cache.load(self.entry(name).path, name, family)
+        entry = self.entry(name)
+        return self.cache.load(entry.path, entry.name, family)
 
     def describe(self, name: str) -> Description:
         """Tell which base-model family a LoRA is for, from its file's header.

@@ -180,11 +180,16 @@ def test_pictures_of_comfyui_are_shown_and_not_repeated(home: Path, capsys) -> N
     workflow = {"3": {"class_type": "KSampler", "inputs": {"seed": 5, "model": ["1", 0]}}}
     write_png(Image.new("RGB", (8, 8)), {"prompt": json.dumps(workflow)}, home / "a.png")
     status, out, err = run(capsys, "show", "a.png")
-    assert status == 0 and out.split() == ["KSampler", "seed:", "5"] and "another program" in err
+    assert status == 0 and "another program" in err
+    assert [line.split() for line in out.splitlines() if line.strip()] == [
+        ["made", "by", "ComfyUI"],
+        ["seed", "5"],
+        ["KSampler", "seed:", "5"],
+    ]
     nodes = json.loads(run(capsys, "show", "a.png", "--json")[1])["nodes"]
     assert nodes == [{"kind": "KSampler", "values": {"seed": 5}}]
-    status, _, err = run(capsys, "generate", "--from-png", "a.png")
-    assert status == 2 and "made by another program" in err
+    status, _, err = run(capsys, "generate", "--from-image", "a.png")
+    assert status == 2 and "The prompt is empty" in err
 
 
 def test_show_reads_pictures_of_a1111(home: Path, capsys) -> None:
@@ -197,9 +202,39 @@ def test_show_reads_pictures_of_a1111(home: Path, capsys) -> None:
     write_png(image, {"parameters": text}, home / "a.png")
     status, out, err = run(capsys, "show", "a.png")
     assert status == 0 and "a cat [bold]" in out and "Euler a" in out and "another program" in err
-    assert json.loads(run(capsys, "show", "a.png", "--json")[1])["settings"]["Seed"] == "5"
+    shown = json.loads(run(capsys, "show", "a.png", "--json")[1])
+    assert (shown["seed"], shown["width"], shown["settings"]["Sampler"]) == (5, 8, "Euler a")
     write_png(image, {}, home / "b.png")
     assert run(capsys, "show", "b.png")[0] == 2
+
+
+def test_settings_of_another_program_are_drawn(home: Path, capsys) -> None:
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x9286] = (
+        "a [bold] cat <lora:Neon:0.6> <lora:nobody:1>\nNegative prompt: dogs\n"
+        "Steps: 2, Sampler: Euler, CFG scale: 2.5, Seed: 77, Size: 96x64, Version: f2.0"
+    )
+    Image.new("RGB", (8, 8)).save(home / "a.webp", exif=exif)
+    status, out, err = run(capsys, "show", "a.webp")
+    assert status == 0 and "Forge" in out and "Not in" not in out
+    (neon, nobody) = json.loads(run(capsys, "show", "a.webp", "--json")[1])["loras"]
+    assert (neon["found"], neon["strength"], nobody["found"]) == ("neon", 0.6, None)
+    status, _, err = run(capsys, "generate", "--from-image", "a.webp")
+    assert status == 2 and "lacks nobody" in err and "--force" in err
+    status, out, err = run(capsys, "generate", "--from-image", "a.webp", "--force", "-o", "b.png")
+    assert (status, out) == (0, "b.png\n"), err
+    assert "Not in the pool: nobody" in err and "Weights of words" in err
+    report = read_report(home / "b.png")
+    assert (report["used_prompt"], report["negative_prompt"]) == ("a bold cat", "dogs")
+    assert (report["seed"], report["steps"], report["guidance"]) == (77, 2, 2.5)
+    assert (report["width"], report["height"]) == (96, 64)
+    assert [(used["name"], used["strength"]) for used in report["adapters"]] == [("neon", 0.6)]
+    arguments = ("--from-image", "a.webp", "--force", "-s", "3", "--steps", "1", "-o", "c.png")
+    assert run(capsys, "generate", *arguments)[0] == 0
+    report = read_report(home / "c.png")
+    assert (report["seed"], report["steps"]) == (3, 1)
 
 
 BATCH = """a neon cat

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from autolora.console.api import check_upload_name
 from autolora.console.jobs import Task
@@ -157,6 +158,75 @@ def test_settings_are_read_from_a_png(client) -> None:
         answer = client.post("/api/settings", content=data)
         assert answer.status_code == 400
         assert "tmp" not in answer.json()["error"]
+
+
+FOREIGN = """a (neon:1.2) cat <lora:neon:0.7> <lora:nobody:1>
+Negative prompt: dogs
+Steps: 3, Sampler: Euler, CFG scale: 2.5, Seed: 77, Size: 96x64, Version: v1.9.4"""
+
+
+def foreign_picture(kind: str) -> bytes:
+    file = io.BytesIO()
+    image = Image.new("RGB", (8, 8))
+    if kind == "PNG":
+        chunks = PngInfo()
+        chunks.add_text("parameters", FOREIGN)
+        image.save(file, kind, pnginfo=chunks)
+    else:
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + FOREIGN.encode("utf-16-be")
+        exif[0x0131] = "a program"
+        image.save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "text"])
+def test_settings_of_other_programs_are_taken_over(client, kind: str) -> None:
+    data = FOREIGN.encode() if kind == "text" else foreign_picture(kind)
+    answer = client.post("/api/settings", content=data)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    assert found["program"] == "A1111" and found["missing"] == ["nobody"]
+    assert any("Not in the pool: nobody" in note for note in found["notes"])
+    order = found["order"]
+    assert (order["prompt"], order["negative_prompt"]) == ("a neon cat", "dogs")
+    assert (order["seed"], order["steps"], order["guidance"]) == (77, 3, 2.5)
+    assert (order["width"], order["height"]) == (96, 64)
+    assert order["selection"]["pinned"] == {"neon": 0.7}
+    assert order["selection"]["automatic"] is False
+
+
+def test_a_dropped_text_gets_a_sentence_about_itself(client) -> None:
+    for data in (b"just a few words", "\ufeffein Märchen".encode("utf-16"), b"\0\1\2", b"{}"):
+        answer = client.post("/api/settings", content=data)
+        assert answer.status_code == 400
+        assert "holds no generation parameters" in answer.json()["error"]
+
+
+def test_pasted_settings_are_offered(client) -> None:
+    cards = client.post(
+        "/api/cards", json={"prompt": FOREIGN.replace("<lora:nobody:1>", "")}
+    ).json()
+    assert cards["pasted"] is True and cards["cards"][0]["name"] == "neon"
+    assert client.post("/api/cards", json={"prompt": "a cat"}).json()["pasted"] is False
+
+
+def test_own_pictures_name_what_is_gone(client, studio, tmp_path) -> None:
+    made = post(client, prompt="a neon cat", seed=8).json()["pictures"][0]
+    report = read_report(io_path(tmp_path, made["png"]))
+    report["adapters"][0] |= {"name": "gone", "sha256": "0" * 64}
+    chunks = PngInfo()
+    chunks.add_text("autolora", json.dumps(report))
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=chunks)
+    found = client.post("/api/settings", content=file.getvalue()).json()
+    assert found["missing"] == ["gone"] and "gone" not in found["order"]["selection"]["pinned"]
+
+
+def io_path(folder: Path, encoded: str) -> Path:
+    path = folder / "made.png"
+    path.write_bytes(base64.b64decode(encoded))
+    return path
 
 
 def test_styles_are_listed_and_saved(client) -> None:

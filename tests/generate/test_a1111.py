@@ -11,10 +11,10 @@ from autolora.generate.report import (
     BaseModel,
     Report,
     UsedAdapter,
-    read_parameters,
     write_parameters,
 )
-from autolora.request import parse_prompt
+from autolora.infotext import read_parameters
+from autolora.prompt_syntax import parse_prompt
 
 # The rules of A1111's infotext reader, as its re_param and parse_generation_parameters have them.
 PARAM = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -223,3 +223,26 @@ def test_a_text_of_a1111_is_read() -> None:
     assert found.negative_prompt == "ugly"
     assert found.settings["Lora hashes"] == "neon: 0a1b2c3d4e5f"
     assert found.settings["Sampler"] == "DPM++ 2M Karras"
+
+
+def test_json_is_a_whole_value() -> None:
+    """Civitai and ComfyUI's savers write lists and objects without quotes around them."""
+    resources = [
+        {"type": "checkpoint", "modelVersionId": 1, "modelName": "A [XL], {b}"},
+        {"type": "lora", "weight": 0.7, "modelName": 'neon, city: "night"'},
+    ]
+    hashes = {"model": "0123456789", "LORA:neon, city": "abcdef012345"}
+    found = read_parameters(
+        "a cat\nSteps: 8, Sampler: Euler, Seed: 1, "
+        f"Civitai resources: {json.dumps(resources)}, Hashes: {json.dumps(hashes)}}}), "
+        "Civitai metadata: {}, Version: v1"
+    )
+    assert json.loads(found.settings["Civitai resources"]) == resources
+    assert json.loads(found.settings["Hashes"]) == hashes
+    assert found.settings["Civitai metadata"] == "{}" and found.settings["Version"] == "v1"
+
+
+@pytest.mark.parametrize("value", ["[unclosed", "{1: 2}", "[" * 5000, '["a, "b"]'])
+def test_what_only_looks_like_json_ends_at_the_comma(value: str) -> None:
+    found = read_parameters(f"a cat\nSteps: 8, Odd: {value}, Seed: 1, Size: 8x8").settings
+    assert found["Steps"] == "8" and found["Seed"] == "1" and found["Size"] == "8x8"

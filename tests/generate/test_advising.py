@@ -38,6 +38,7 @@ def notes(
     words=3,
     strength=1.0,
     bounds=None,
+    preferred=None,
 ):
     base = SimpleNamespace(
         notes=["loaded so"],
@@ -48,7 +49,10 @@ def notes(
         tokenizer_2=lambda prompt: SimpleNamespace(input_ids=[0] * len(prompt.split())),
     )
     lora = SimpleNamespace(
-        name="a\nb", metadata=SimpleNamespace(base_model=made, strength_bounds=bounds)
+        name="a\nb",
+        metadata=SimpleNamespace(
+            base_model=made, strength_bounds=bounds, preferred_strength=preferred
+        ),
     )
     request = SimpleNamespace(negative_prompt=negative, guidance=scale, true_cfg=scale)
     found = base_notes(base, request, [Chosen(lora, strength, "asked for")], "x " * words)
@@ -66,6 +70,14 @@ def test_notes_are_given_where_they_are_due() -> None:
     assert "it needs true_cfg" in notes(negative="dogs")[0]
     assert "it needs guidance" in notes(negative="dogs", guidance_embedder=None)[0]
     assert "longer than 8 tokens" in notes(words=9)[0]
+
+
+def test_recommendations_that_cannot_be_followed_are_noted() -> None:
+    (note,) = notes(strength=1.0, preferred=25.0)
+    assert "acts at strength 1: the 25 that its author recommends is beyond 20." in note
+    (note,) = notes(strength=0.4, preferred=0.9, bounds=(0.2, 0.4))
+    assert "the 0.9 that its author recommends is outside the bounds" in note
+    assert notes(strength=0.7, preferred=0.7) == notes(strength=0.5, preferred=25.0) == []
 
 
 def test_strengths_beyond_what_is_meant_are_noted() -> None:

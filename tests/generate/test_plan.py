@@ -7,7 +7,8 @@ import pytest
 from autolora.config import PipelineConfig
 from autolora.generate.active_adapters import Chosen
 from autolora.generate.plan import Pick, Planner, pick
-from autolora.request import GenerateRequest, parse_prompt, read_request
+from autolora.prompt_syntax import parse_prompt
+from autolora.request import GenerateRequest, read_request
 from autolora.styles import PLAIN, Style
 from autolora.unit import LoRAUnit
 

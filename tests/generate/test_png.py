@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from autolora.errors import GenerationError
-from autolora.generate.png import MAX_PIXELS, check_folder, read_texts, write_png
+from autolora.generate.picture_texts import MAX_PIXELS, read_texts
+from autolora.generate.png import check_folder, write_png
 from autolora.generate.report import read_report
 
 IMAGE = Image.new("RGB", (8, 4), "red")
@@ -62,7 +63,7 @@ def big_header(path: Path, side: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "folder", "text", "jpeg", "truncated", "empty", "huge", "far too huge"]
+    "kind", ["missing", "folder", "text", "gif", "truncated", "empty", "huge", "far too huge"]
 )
 def test_what_cannot_be_read(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
@@ -70,8 +71,8 @@ def test_what_cannot_be_read(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     if kind == "text":
         path.write_text("<html>")
-    if kind == "jpeg":
-        IMAGE.save(path, format="JPEG")
+    if kind == "gif":
+        IMAGE.save(path, format="GIF")
     if kind == "truncated":
         Image.effect_noise((64, 64), 50).save(path)
         path.write_bytes(path.read_bytes()[:2000])
@@ -81,7 +82,9 @@ def test_what_cannot_be_read(tmp_path: Path, kind: str) -> None:
         big_header(path, int(MAX_PIXELS**0.5) + 1)
     if kind == "far too huge":
         big_header(path, 100_000)
-    with pytest.raises(GenerationError, match="cannot be read as a PNG picture") as caught:
+    with pytest.raises(
+        GenerationError, match="cannot be read as a PNG, JPEG or WebP picture"
+    ) as caught:
         read_texts(path)
     assert "a.png" in str(caught.value) and "\n" not in str(caught.value)
 

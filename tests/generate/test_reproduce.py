@@ -10,7 +10,8 @@ import pytest
 from autolora import AutoLoRAPipeline
 from autolora.config import PipelineConfig
 from autolora.errors import GenerationError
-from autolora.generate.png import read_texts, write_png
+from autolora.generate.picture_texts import read_texts
+from autolora.generate.png import write_png
 from autolora.generate.report import CHUNK
 from autolora.generate.reproduce import check, compare, load_report, repeat
 from autolora.lora import save_lora
@@ -187,7 +188,9 @@ def test_damaged_and_foreign_pictures(pipe, picture: Path, tmp_path: Path) -> No
     astray = write_png(image, {CHUNK: json.dumps(facts)}, tmp_path / "astray.png")
     facts.update(batch=[], adapters=[{**facts["adapters"][0], "strength": 1e30}])
     absurd = write_png(image, {CHUNK: json.dumps(facts)}, tmp_path / "absurd.png")
-    workflow = write_png(image, {"prompt": "{}"}, tmp_path / "workflow.png")
+    workflow = write_png(
+        image, {"prompt": json.dumps({"1": {"class_type": "KSampler"}})}, tmp_path / "workflow.png"
+    )
     for path, words in (
         (foreign, "another program"),
         (workflow, "another program"),
@@ -197,3 +200,37 @@ def test_damaged_and_foreign_pictures(pipe, picture: Path, tmp_path: Path) -> No
     ):
         with pytest.raises(GenerationError, match=words):
             repeat(path, pipe)
+
+
+def test_files_are_known_by_their_hashes(pipe, picture: Path, tmp_path: Path) -> None:
+    """Renamed, moved, or with a second file of its name: the picture is the same to the byte."""
+    other = changed_pool(pipe, tmp_path / "pool")
+    other.__dict__["base"] = pipe.base
+    folder = tmp_path / "pool"
+    (folder / "sub").mkdir()
+    (folder / "neon.safetensors").rename(folder / "sub" / "Something else.safetensors")
+    (folder / "other").mkdir()
+    (folder / "elephant.safetensors").rename(folder / "other" / "elephant.safetensors")
+    shutil.copy(folder / "rocket.safetensors", folder / "sub" / "elephant.safetensors")
+    other.pool.refresh()
+    assert "elephant" not in other.pool and "neon" not in other.pool
+    again = repeat(picture, other)
+    assert again.report.to_dict() | {"timings": {}} == load_report(picture).to_dict()
+    assert again.png() == picture.read_bytes()
+
+
+def test_no_file_stands_for_two(pipe, picture: Path) -> None:
+    report = load_report(picture)
+    report.adapters[1] = dataclasses.replace(report.adapters[0], name="copy of it")
+    with pytest.raises(GenerationError, match="has no LoRA copy of it"):
+        check(report, pipe)
+
+
+def test_brackets_that_were_read_are_read_again(pipe, tmp_path: Path) -> None:
+    output = pipe(
+        r"lucy \(cyberpunk\) \<a:b>", 3, steps=1, negative_prompt=r"\[x\]", loras=["rocket"]
+    )
+    assert output.report.used_prompt.startswith("lucy (cyberpunk) <a:b>")
+    assert output.report.negative_prompt == "[x]"
+    path = output.save(tmp_path / "a.png")
+    assert repeat(path, pipe).png() == path.read_bytes()

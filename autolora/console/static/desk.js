@@ -1,6 +1,6 @@
 // Styles, and the adapters that the picture would take: found while the prompt is typed.
 
-import { closeButton, cover, debounce, el, getJson, icon, language, on, postJson, say, t, toast } from "./core.js";
+import { api, closeButton, cover, debounce, el, getJson, icon, language, on, postJson, say, t, toast } from "./core.js";
 import { openGallery } from "./gallery.js";
 
 const DEBOUNCE = 30;
@@ -156,6 +156,17 @@ export function desk({ element, props, trigger, watch }) {
     root.dataset.prompt = state.prompt ?? "";
   }
 
+  async function takeSettings() {
+    try {
+      const answer = await api("settings", { method: "POST", headers: { "Content-Type": "text/plain" }, body: state.prompt });
+      const { order, notes } = await answer.json();
+      trigger("restore", { order });
+      for (const note of notes) toast(say(note), "info");
+    } catch (error) {
+      toast(say(error.message));
+    }
+  }
+
   function drawFoot() {
     const dropped = (selection().dropped ?? []).map((name) => {
       const back = () => change({ dropped: selection().dropped.filter((other) => other !== name) });
@@ -164,6 +175,7 @@ export function desk({ element, props, trigger, watch }) {
     });
     const hint = state.plan.cards.length || state.problem ? "" : emptyHint();
     parts.foot.replaceChildren(
+      ...(state.plan.pasted && !state.problem ? [el("button", { class: "al-soft", id: "al-take-settings", onclick: takeSettings }, t("take_settings"))] : []),
       ...(state.problem ? [el("p", { class: "al-problem", role: "alert" }, say(state.problem))] : []),
       ...(state.problem ? [] : state.plan.notes.map((note) => el("p", { class: "al-hint" }, say(note)))),
       ...(hint ? [el("p", { class: "al-hint" }, hint)] : []),

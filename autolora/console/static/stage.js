@@ -185,8 +185,9 @@ export function stage({ element, props, trigger, watch }) {
     if (file.name.toLowerCase().endsWith(".safetensors")) return emit("upload", [file]);
     try {
       const answer = await api("settings", { method: "POST", headers: { "Content-Type": "image/png" }, body: file });
-      const { order } = await answer.json();
+      const { order, notes } = await answer.json();
       trigger("restore", { order });
+      for (const note of notes) toast(say(note), "info");
     } catch (error) {
       toast(say(error.message));
     }
