@@ -192,8 +192,8 @@ def test_settings_of_other_programs_are_taken_over(client, kind: str) -> None:
     assert (order["prompt"], order["negative_prompt"]) == ("a neon cat", "dogs")
     assert (order["seed"], order["steps"], order["guidance"]) == (77, 3, 2.5)
     assert (order["width"], order["height"]) == (96, 64)
-    assert order["selection"]["pinned"] == {"neon": 0.7}
-    assert order["selection"]["automatic"] is False
+    assert order["loras"] == [{"name": "neon", "strength": 0.7}]
+    assert order["retrieve"] is False
 
 
 def test_a_dropped_text_gets_a_sentence_about_itself(client) -> None:
@@ -220,7 +220,8 @@ def test_own_pictures_name_what_is_gone(client, studio, tmp_path) -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=chunks)
     found = client.post("/api/settings", content=file.getvalue()).json()
-    assert found["missing"] == ["gone"] and "gone" not in found["order"]["selection"]["pinned"]
+    assert found["missing"] == ["gone"]
+    assert "gone" not in [lora["name"] for lora in found["order"]["loras"]]
 
 
 def io_path(folder: Path, encoded: str) -> Path:

@@ -42,7 +42,7 @@ def test_a_random_seed_is_chosen_once_and_a_given_one_kept() -> None:
         ({"units": [1]}, "not understood"),
         ({"pinned": {"a": "much"}}, "not a number"),
         ({"pinned": {"a": True}}, "not a number"),
-        ({"pinned": {"a": 11}}, "out of range"),
+        ({"pinned": {"a": 21}}, "out of range"),
         ({"pinned": {"a": 1}, "units": {"a": {"stepz": 1}}}, "unknown key"),
         ({"strengths": {"a": math.inf}}, "out of range"),
         ({"pinned": {str(n): 1.0 for n in range(65)}}, "At most 64"),
