@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,11 +214,11 @@ def parse_control(text: str) -> Control:
     return Control(match["kind"], Path(match["file"]), float(match["scale"] or 1.0))
 
 
-def read_image(source: Image | Path | str, what: str) -> Image:
+def read_image(source: Image | Path | str | BytesIO, what: str) -> Image:
     """Read a picture as RGB; transparent parts become white.
 
     Args:
-        source: A picture, or its file.
+        source: A picture, its file, or the bytes of one.
         what: What a message calls it.
 
     Raises:
@@ -227,19 +228,20 @@ def read_image(source: Image | Path | str, what: str) -> Image:
     from PIL import Image as images
 
     image = source
+    name = "" if isinstance(source, BytesIO) else f" {shown(source)}"
     if not isinstance(image, images.Image):
         try:
             with images.open(image) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     raise GenerationError(
-                        f"{what} {shown(source)} is {opened.width}x{opened.height} pixels; at most "
+                        f"{what}{name} is {opened.width}x{opened.height} pixels; at most "
                         f"{MAX_PIXELS:,} are read."
                     )
                 opened.load()
                 image = opened
         except (OSError, ValueError, SyntaxError, images.DecompressionBombError) as error:
             reason = shown(" ".join(str(error).split()) or type(error).__name__)
-            raise GenerationError(f"{what} {shown(source)} cannot be read: {reason}.") from error
+            raise GenerationError(f"{what}{name} cannot be read: {reason}.") from error
     if image.mode not in MODES:
         raise GenerationError(
             f"{what} is of mode {image.mode}, which has no RGB picture in it; save it as RGB."

@@ -177,7 +177,7 @@ class Guard:
 
     def _limit(self, path: str) -> int:
         uploads = path.rstrip("/").endswith("/api/pool")
-        pictures = path.rstrip("/").endswith("/api/settings")
+        pictures = path.rstrip("/").endswith(("/api/settings", "/api/generate", "/upload"))
         return self.max_upload if uploads else 64 * MAX_BODY if pictures else MAX_BODY
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,12 +13,14 @@ from pydantic import BaseModel, Field, model_validator
 
 from autolora.errors import GenerationError
 from autolora.generate.report import Report
-from autolora.images import GivenImages
+from autolora.images import Control, GivenImages, read_image
 from autolora.prompt_syntax import escape, parse_prompt
 from autolora.request import MAX_SEED, GenerateRequest, read_request
 from autolora.unit import MAX_UNITS
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from autolora.generate.foreign import Taken
 
 MAX_STEPS = 50
@@ -36,16 +40,37 @@ class ServerRequest(GenerateRequest):
         description="Answer with one JSON object per line as the pictures come along.",
     )
     image: bool = Field(default=True, description="Put the PNG files into the answer, as base64.")
+    init_image: Any = Field(
+        default=None, description="Picture to redraw, as base64 or a `data:` URL."
+    )
+    mask: Any = Field(default=None, description="The same, white where it is redrawn.")
+    control: Any = Field(
+        default=(),
+        description="Pictures that guide: a list of `{type, image, scale}`, images as base64.",
+    )
+    inputs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further inputs of the pipeline, by its names; pictures as `data:` URLs.",
+    )
 
     def images(self) -> GivenImages:
-        """No pictures: a file that is named here would be one of the server's.
+        """The pictures to start from; no text names a file, which would be the server's.
 
         Raises:
-            GenerationError: There are some.
+            GenerationError: One cannot be read, or they do not go together.
         """
-        if self.mask is not None or self.control or self.inputs or self.strength is not None:
-            raise GenerationError("A server takes no pictures to start from.", where="mask")
-        return GivenImages()
+        return GivenImages(
+            sent_image(self.init_image, "init_image"),
+            self.strength,
+            sent_image(self.mask, "mask"),
+            tuple(map(sent_control, self.control)) if self.control else (),
+            {name: _sent_input(value, name) for name, value in self.inputs.items()},
+        )
+
+    def without_images(self) -> ServerRequest:
+        """The request without its pictures, which are too large to be remembered."""
+        nothing: dict[str, Any] = {"init_image": None, "strength": None, "mask": None}
+        return self.changed(**nothing, control=(), inputs={})
 
     @model_validator(mode="after")
     def _within_limits(self) -> ServerRequest:
@@ -82,6 +107,54 @@ class ServerRequest(GenerateRequest):
         if self.seed != RANDOM_SEED:
             return self
         return self.changed(seed=secrets.randbelow(RANDOM_SEEDS))
+
+
+def sent_image(value: Any, where: str) -> Image | None:
+    """Read a picture that was sent: base64, a ``data:`` URL, or a picture.
+
+    Raises:
+        GenerationError: It is nothing of the kind.
+    """
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str):
+        return read_image(value, where) if hasattr(value, "convert") else _no_image(where)
+    text = value.partition(",")[2] if value.startswith("data:") else value
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        return _no_image(where)
+    return read_image(io.BytesIO(data), where)
+
+
+def _no_image(where: str) -> Image:
+    raise GenerationError(f"{where} must be a picture as base64, or as a data: URL.", where=where)
+
+
+def sent_control(value: Any) -> Control:
+    """Read ``{"type": ..., "image": ..., "scale": ...}``.
+
+    Raises:
+        GenerationError: It is nothing of the kind.
+    """
+    if not isinstance(value, Mapping) or not isinstance(value.get("type"), str):
+        raise GenerationError(
+            'control must be a list of objects with "type", "image" and "scale".', where="control"
+        )
+    image, scale = sent_image(value.get("image"), "control"), value.get("scale", 1.0)
+    if image is None or isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise GenerationError(
+            'Each control needs an "image", and its "scale" is a number.', where="control"
+        )
+    return Control(value["type"], image, float(scale))
+
+
+def _sent_input(value: Any, name: str) -> Any:
+    if isinstance(value, list):
+        return [_sent_input(entry, name) for entry in value]
+    if isinstance(value, str) and value.startswith("data:"):
+        return sent_image(value, name)
+    return value
 
 
 _DESK = ("style", "retrieve", "automatic", "drop", "dropped", "strengths", "top_k", "use_triggers")

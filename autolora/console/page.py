@@ -22,7 +22,8 @@ from autolora.console.jobs import JobView
 from autolora.console.models import MAX_PICTURES, MAX_STEPS, ServerRequest, desk_of, read_desk
 from autolora.console.studio import Look, Studio
 from autolora.errors import AutoLoRAError, GenerationError, shown
-from autolora.request import read_request
+from autolora.images import DEFAULT_STRENGTH
+from autolora.request import parse_size, read_request
 
 LANGUAGE_COOKIE = "autolora_language"
 _SHAPES = ((1, 1), (3, 4), (4, 3), (2, 3), (3, 2), (9, 16), (16, 9))
@@ -41,6 +42,8 @@ VALUES = (
     "desk",
 )
 """Names of the parts that hold what is asked for, in the order in which they are sent."""
+PICTURE = ("redraw", "redrawn")
+"""Parts that hold a picture to redraw; they are sent after the others, and not remembered."""
 
 
 class Forms:
@@ -120,7 +123,8 @@ class Forms:
         Raises:
             GenerationError: A value is not possible.
         """
-        form = dict(zip(VALUES, values, strict=True))
+        form = dict(zip(VALUES, values[: len(VALUES)], strict=True))
+        size, redrawn = _redrawn(form["size"], *values[len(VALUES) :])
         return read_request(
             {
                 **read_desk(form["desk"]),
@@ -128,7 +132,8 @@ class Forms:
                 "negative_prompt": str(form["negative"] or ""),
                 "seed": whole_number("The seed", form["seed"]),
                 "steps": whole_number("The number of steps", form["steps"]),
-                "size": str(form["size"] or ""),
+                "size": size,
+                **redrawn,
                 "guidance": _number("The guidance", form["guidance"]),
                 "count": whole_number("The number of pictures", form["count"]),
                 "strategy": str(form["strategy"] or "") or None,
@@ -201,6 +206,8 @@ def part_labels(language: str) -> dict[str, dict[str, Any]]:
         "strategy": {"label": "strategy"},
         "compare": {"label": "compare", "info": "compare_info"},
         "settings": {"label": "settings"},
+        "redraw": {"label": "redraw"},
+        "redrawn": {"label": "redrawn"},
         "generate": {"value": "generate"},
         "stop": {"value": "stop"},
         "studio": {"label": "studio"},
@@ -281,6 +288,18 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise GenerationError(f"{name} must be a number.")
     return float(value)
+
+
+def _redrawn(size: object, picture: Any = None, part: object = None) -> tuple[str, dict[str, Any]]:
+    """A picture to redraw at about the size that is set, with its own proportions."""
+    text = str(size or "")
+    if picture is None:
+        return text, {}
+    width, height = parse_size(text)
+    scale = (width * height / (picture.width * picture.height)) ** 0.5
+    fitting = _multiple(picture.width * scale), _multiple(picture.height * scale)
+    given = {"init_image": picture.resize(fitting), "strength": _number("The strength", part)}
+    return f"{fitting[0]}x{fitting[1]}", given
 
 
 def _stem(name: str) -> str:
@@ -487,8 +506,18 @@ def _settings(forms: Forms, said: Mapping[str, dict[str, Any]]) -> dict[str, Any
             by_style, **said["strategy"], value="", elem_id="al-strategy", **narrow
         )
     negative = gr.Textbox(**said["negative"], lines=1, elem_id="al-negative")
-    names = ("seed", "size", "count", "steps", "guidance", "strategy", "negative")
-    fields = (seed, size, count, steps, guidance, strategy, negative)
+    redraw = gr.Image(
+        **said["redraw"],
+        type="pil",
+        sources=["upload", "clipboard"],
+        height=180,
+        elem_id="al-redraw",
+    )
+    redrawn = gr.Slider(
+        0.05, 1, **said["redrawn"], value=DEFAULT_STRENGTH, step=0.05, elem_id="al-redrawn"
+    )
+    names = ("seed", "size", "count", "steps", "guidance", "strategy", "negative", *PICTURE)
+    fields = (seed, size, count, steps, guidance, strategy, negative, redraw, redrawn)
     return dict(zip(names, fields, strict=True))
 
 
@@ -497,7 +526,7 @@ def _connect(page: gr.Blocks, forms: Forms, parts: Mapping[str, Any]) -> None:
     stage, desk = parts["stage"], parts["desk"]
     parts["generate"].click(
         forms.generate,
-        values,
+        [*values, *(parts[name] for name in PICTURE)],
         [stage, parts["generate"], parts["stop"]],
         trigger_mode="once",
         concurrency_limit=None,

@@ -235,7 +235,7 @@ class Studio:
         picture = self.pictures.add(output, label)
         if visit:
             # What differs from the order in a comparison is known to the picture only.
-            again = order.changed(seed=seed, count=1, compare=False)
+            again = order.without_images().changed(seed=seed, count=1, compare=False)
             if label not in ("", FUSED):
                 again = request_of_report(output.report)
             self.visits.add(visit, Entry(picture, again.to_dict()))
