@@ -329,7 +329,7 @@ SIZES = (96, 256, 768)
 MAX_PIXELS = 100_000_000
 MAX_COVER_BYTES = 64 << 20
 MEMORY = 600
-_KINDS = ("PNG", "JPEG", "WEBP")
+_KINDS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 class Covers:

@@ -10,7 +10,7 @@ from autolora.files import is_own_file
 from autolora.lora.fields import decode_json
 from autolora.safetensors_io import read_header
 
-COVER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+COVER_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 MAX_EMBEDDED = 20
 """Most pictures that are taken from a header."""
 
@@ -18,6 +18,8 @@ _MAGIC = (
     (b"\x89PNG\r\n\x1a\n", ".png"),
     (b"\xff\xd8\xff", ".jpg"),
     (b"RIFF", ".webp"),
+    (b"GIF87a", ".gif"),
+    (b"GIF89a", ".gif"),
 )
 
 
@@ -93,7 +95,7 @@ def embedded_covers(metadata: Mapping[str, str]) -> tuple[list[bytes], list[str]
     for name, item in encoded[:MAX_EMBEDDED]:
         picture = _decode_picture(item)
         if picture is None:
-            problems.append(f"{name} holds no PNG, JPEG or WebP picture; not used.")
+            problems.append(f"{name} holds no PNG, JPEG, WebP or GIF picture; not used.")
         elif picture not in pictures:
             pictures.append(picture)
     return pictures, list(dict.fromkeys(problems))
@@ -121,7 +123,7 @@ def picture_suffix(picture: bytes) -> str:
         picture: Bytes of a file.
 
     Returns:
-        ``.png``, ``.jpg`` or ``.webp``; empty for anything else.
+        ``.png``, ``.jpg``, ``.webp`` or ``.gif``; empty for anything else.
     """
     for magic, suffix in _MAGIC:
         if picture.startswith(magic) and (suffix != ".webp" or picture[8:12] == b"WEBP"):
@@ -143,7 +145,9 @@ def check_picture(path: Path) -> str:
             start = file.read(12)
     except OSError as error:
         return f"{shown(path.name)} cannot be read: {shown(error.strerror)}."
-    return "" if picture_suffix(start) else f"{shown(path.name)} is no PNG, JPEG or WebP picture."
+    return (
+        "" if picture_suffix(start) else f"{shown(path.name)} is no PNG, JPEG, WebP or GIF picture."
+    )
 
 
 def _decode_picture(item: object) -> bytes | None:
@@ -162,6 +166,10 @@ def _decode_picture(item: object) -> bytes | None:
 
 def _existing(path: Path, stem: str) -> Iterable[Path]:
     for suffix in COVER_SUFFIXES:
-        candidate = path.with_name(stem + suffix)
-        if is_own_file(candidate):
-            yield candidate
+        lower, upper = (path.with_name(stem + kind) for kind in (suffix, suffix.upper()))
+        found = is_own_file(lower)
+        if found:
+            yield lower
+        # On some file systems both are one file.
+        if is_own_file(upper) and not (found and upper.samefile(lower)):
+            yield upper

@@ -21,7 +21,15 @@ MAX_WORD = 500
 MAX_WORDS = 200
 MAX_SUGGESTIONS = 20
 
-_MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>")
+# What model sites write; anything else in angle brackets, such as <s0> or <style>, is a word.
+_HTML = (
+    "a abbr b blockquote br center code col div em figure font h[1-6] hr i iframe img li mark ol p "
+    "pre small span strike strong sub sup table tbody td th thead tr u ul video"
+)
+_MARKUP = re.compile(rf"</?(?:{_HTML.replace(' ', '|')})(?:\s[^<>]*)?/?>", re.IGNORECASE)
+_UNKNOWN = frozenset({"unknown", "other", "none", "null", "n/a", "?", "-"})
+MAX_LONE_WORDS = 5
+"""Most words of the only caption of a training set that is taken for its trigger word."""
 _PROMPT_TAG = re.compile(r"<(?:lora|lyco|hypernet)\s*:[^<>]*>", re.IGNORECASE)
 _RANGE = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:-|~|to|\u2013)\s*(-?\d+(?:\.\d+)?)\s*")
 
@@ -54,16 +62,25 @@ class FieldReader:
         elif plain := plain_text(value):
             self.values[field] = plain
 
+    def base_model(self, name: str, entries: Mapping[str, Any] | None = None) -> None:
+        """Take the base model's name, unless it only says that it is not known."""
+        value = self._get(name, entries)
+        if not (isinstance(value, str) and value.strip().casefold() in _UNKNOWN):
+            self.text("base_model", name, entries)
+
     def words(self, field: str, name: str, entries: Mapping[str, Any] | None = None) -> None:
         """Take a list of words, or a text with commas between them."""
         value = self._get(name, entries)
         if value is None or field in self.values:
             return
         listed = value.split(",") if isinstance(value, str) else value
-        if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):
+        if not isinstance(listed, list):
             self.problems.append(f"{name} is not a list of words; not used.")
             return
-        unique = unique_words(listed)
+        texts = [word for word in map(_word, listed) if word is not None]
+        if len(texts) < sum(word is not None for word in listed):
+            self.problems.append(f"{name} has entries that are no words; those are not used.")
+        unique = unique_words(texts)
         kept = [word for word in unique if len(word) <= MAX_WORD][:MAX_WORDS]
         if len(kept) < len(unique):
             self.problems.append(
@@ -125,6 +142,9 @@ class FieldReader:
         short = [tag for tag in tags if len(tag) <= MAX_WORD]
         if unique := unique_words(short[: 2 * MAX_SUGGESTIONS])[:MAX_SUGGESTIONS]:
             self.values["suggestions"] = unique
+            # ai-toolkit writes its trigger word so, and nothing else.
+            if len(counts) == 1 and len(unique[0].split()) <= MAX_LONE_WORDS:
+                self.values.setdefault("trigger_words", unique)
 
     def _set_bounds(self, low: float, high: float, problem: str) -> None:
         if low <= high:
@@ -134,6 +154,13 @@ class FieldReader:
 
     def _get(self, name: str, entries: Mapping[str, Any] | None) -> Any:
         return (self._entries if entries is None else entries).get(name)
+
+
+def _word(value: object) -> str | None:
+    """A word of a list; numbers are words, too."""
+    if isinstance(value, bool):
+        return None
+    return str(value) if isinstance(value, str | int | float) else None
 
 
 def finite_number(value: object) -> float | None:

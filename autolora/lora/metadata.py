@@ -2,10 +2,11 @@
 
 Sources, first that has a field wins: ``<stem>.autolora.yaml`` (the user's own), then
 ``<stem>.metadata.json`` (ComfyUI LoRA Manager), ``<stem>.json`` (A1111, Forge),
-``<stem>.civitai.info`` (Civitai Helper), the model card (``<stem>.README.md``, or ``README.md`` in
-a folder with one LoRA), the safetensors header (``modelspec.*``, ``ssmd_*``, ``ss_*``, ai-toolkit's
-``name``), ``<stem>.txt``. Nothing is ever fetched, and nothing written there can make a LoRA
-unusable: what cannot be understood becomes a warning.
+``<stem>.civitai.info`` (Civitai Helper), ``<stem>.cm-info.json`` (StabilityMatrix),
+``<file>.rgthree-info.json`` (rgthree's ComfyUI nodes), the model card (``<stem>.README.md``, or
+``README.md`` in a folder with one LoRA), the safetensors header (``modelspec.*``, ``ssmd_*``,
+``ss_*``, ai-toolkit's ``name``), ``<stem>.txt``. Nothing is ever fetched, and nothing written there
+can make a LoRA unusable: what cannot be understood becomes a warning.
 
 The fields that each kind of metadata source carries: one small parser per source.
 
@@ -27,7 +28,14 @@ import yaml
 from autolora.errors import LoRAFormatError, printable, shown
 from autolora.files import is_own_file
 from autolora.lora.covers import card_covers, embedded_covers, find_covers
-from autolora.lora.fields import FieldReader, Fields, decode_json, mapping, plain_text
+from autolora.lora.fields import (
+    MAX_SUGGESTIONS,
+    FieldReader,
+    Fields,
+    decode_json,
+    mapping,
+    plain_text,
+)
 from autolora.safetensors_io import read_header
 from autolora.unit import MAX_STRENGTH
 
@@ -99,7 +107,8 @@ def parse_lora_manager(entries: Mapping[str, Any]) -> Fields:
     fields.text("title", "model_name")
     fields.text("description", "modelDescription")
     fields.words("tags", "tags")
-    fields.text("base_model", "base_model")
+    fields.base_model("base_model")
+    fields.base_model("baseModel", civitai)
     fields.words("trigger_words", "trainedWords", civitai)
     fields.number("preferred_strength", "strength", tips)
     fields.bounds("strength_min", "strength_max", tips)
@@ -109,7 +118,7 @@ def parse_lora_manager(entries: Mapping[str, Any]) -> Fields:
 
 
 def parse_a1111(entries: Mapping[str, Any]) -> Fields:
-    """Read ``<stem>.json`` of A1111's web UI and Forge.
+    """Read ``<stem>.json`` of A1111's web UI and Forge, or Civitai's answer under that name.
 
     Args:
         entries: The decoded file.
@@ -117,9 +126,11 @@ def parse_a1111(entries: Mapping[str, Any]) -> Fields:
     Returns:
         Fields and problems.
     """
+    if "trainedWords" in entries or "baseModel" in entries:
+        return parse_civitai(entries)
     fields = FieldReader(entries)
     fields.text("description", "description")
-    fields.text("base_model", "sd version")
+    fields.base_model("sd version")
     fields.words("trigger_words", "activation text")
     # The web UI writes 0 where nothing was set.
     if entries.get("preferred weight") != 0:
@@ -144,9 +155,60 @@ def parse_civitai(entries: Mapping[str, Any]) -> Fields:
     fields.text("description", "description", model)
     fields.words("tags", "tags", model)
     fields.words("tags", "tags")
-    fields.text("base_model", "baseModel")
+    fields.base_model("baseModel")
     fields.words("trigger_words", "trainedWords")
     _prompts(fields, entries)
+    return fields.result
+
+
+def parse_stability_matrix(entries: Mapping[str, Any]) -> Fields:
+    """Read ``<stem>.cm-info.json`` of StabilityMatrix.
+
+    Args:
+        entries: The decoded file.
+
+    Returns:
+        Fields and problems.
+    """
+    fields = FieldReader(entries)
+    for name in ("UserTitle", "ModelName", "VersionName"):
+        fields.text("title", name)
+    for name in ("ModelDescription", "VersionDescription"):
+        fields.text("description", name)
+    fields.words("tags", "Tags")
+    fields.base_model("BaseModel")
+    fields.words("trigger_words", "TrainedWords")
+    return fields.result
+
+
+def parse_rgthree(entries: Mapping[str, Any]) -> Fields:
+    """Read ``<file>.rgthree-info.json`` of ComfyUI's rgthree nodes.
+
+    Its words are those of the model page and of the user, and also the tags of the training
+    captions with their counts, which nobody said are trigger words.
+
+    Args:
+        entries: The decoded file.
+
+    Returns:
+        Fields and problems.
+    """
+    fields = FieldReader(entries)
+    fields.text("title", "name")
+    for name in ("userNote", "description"):
+        fields.text("description", name)
+    fields.words("tags", "tags")
+    fields.base_model("baseModel")
+    listed = entries.get("trainedWords")
+    words = [mapping(entry) for entry in listed] if isinstance(listed, list) else []
+    said = [word.get("word") for word in words if word.get("civitai") or word.get("user")]
+    counted = [word.get("word") for word in words if word.get("word") not in said]
+    fields.words("trigger_words", "trainedWords", {"trainedWords": said})
+    fields.words("suggestions", "trainedWords", {"trainedWords": counted[:MAX_SUGGESTIONS]})
+    fields.bounds("strengthMin", "strengthMax")
+    images = entries.get("images")
+    shown_prompts = (mapping(i).get("positive") for i in images) if isinstance(images, list) else ()
+    fields.texts("captions", shown_prompts, MAX_PROMPTS, MAX_PROMPT)
     return fields.result
 
 
@@ -164,7 +226,7 @@ def parse_card(entries: Mapping[str, Any]) -> Fields:
     fields.text("title", "heading")
     base = entries.get("base_model")
     first = base[0] if isinstance(base, list) and base else base
-    fields.text("base_model", "base_model", {"base_model": first})
+    fields.base_model("base_model", {"base_model": first})
     if entries.get("instance_prompt") not in ("null", "None", "~", ""):
         fields.words("trigger_words", "instance_prompt")
     fields.words("tags", "tags")
@@ -200,7 +262,7 @@ def parse_header(entries: Mapping[str, Any]) -> Fields:
         fields.words("tags", name)
     fields.tag_frequency("ss_tag_frequency")
     for name in ("modelspec.architecture", "ss_base_model_version"):
-        fields.text("base_model", name)
+        fields.base_model(name)
     return fields.result
 
 
@@ -222,6 +284,8 @@ SIDECARS: tuple[tuple[str, Callable[[Mapping[str, Any]], Fields]], ...] = (
     (".metadata.json", parse_lora_manager),
     (".json", parse_a1111),
     (".civitai.info", parse_civitai),
+    (".cm-info.json", parse_stability_matrix),
+    (".safetensors.rgthree-info.json", parse_rgthree),
 )
 """JSON files beside a LoRA by what follows its stem, in the order they are asked."""
 
@@ -358,9 +422,19 @@ class Metadata:
         if found.covers:
             found.sources.setdefault("covers", "beside the file")
         found._read_captions(path.with_name(path.stem + CAPTIONS_SUFFIX))
-        if not found.title:
-            found.title, found.sources["title"] = printable(path.stem), "file name"
+        found._name(path)
         return found
+
+    def _name(self, path: Path) -> None:
+        """Take the title from the file's name; where that is everybody's, from its folder's."""
+        own = self.title and (self.sources["title"] != "header" or not is_generic(self.title))
+        if own:
+            return
+        folder = _telling_folder(path) if is_generic(path.stem) else ""
+        if folder:
+            self.title, self.sources["title"] = printable(folder), "folder name"
+        elif not self.title:
+            self.title, self.sources["title"] = printable(path.stem), "file name"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON.
@@ -491,6 +565,33 @@ def is_alone(path: Path) -> bool:
             )
     except OSError:
         return False
+
+
+_GENERIC = re.compile(
+    r"(?:(?:diffusion[ _-]?)?pytorch[ _-]?)?(?:lora|adapter|model|weights?)"
+    r"(?:[ _-]*(?:lora|adapter|model|weights?|pool|v?\d+))*",
+    re.IGNORECASE,
+)
+_REVISION = re.compile(r"[0-9a-f]{40}")
+
+
+def is_generic(name: str) -> bool:
+    """Tell whether a name is one that programs give to every LoRA, such as ``adapter_model``."""
+    return _GENERIC.fullmatch(name.strip()) is not None
+
+
+def _telling_folder(path: Path) -> str:
+    """Name of the folder that a file's repository or training has; empty where none tells it."""
+    folder = Path(os.path.abspath(path)).parent
+    # A cache of the Hugging Face hub: models--OWNER--NAME/snapshots/REVISION/...
+    for part in folder.parents:
+        if part.name == "snapshots" and part.parent.name.startswith("models--"):
+            return part.parent.name.rpartition("--")[2]
+    if _REVISION.fullmatch(folder.name) or is_generic(folder.name.removesuffix("s")):
+        return ""
+    return (
+        "" if folder.name.casefold() in ("pool", "models", "adapters", "downloads") else folder.name
+    )
 
 
 def recommended_strength(metadata: Metadata) -> float:

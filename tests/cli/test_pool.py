@@ -139,7 +139,7 @@ def test_deep_check_finds_empty_ones_and_broken_pictures(pool, capsys) -> None:
     (pool / "cat.png").write_bytes(b"<html>")
     status, _, err = run(capsys, "pool", "check", "--deep")
     assert status == 0
-    assert "cat: cat.png is no PNG, JPEG or WebP picture." in err
+    assert "cat: cat.png is no PNG, JPEG, WebP or GIF picture." in err
     assert "zero: It changes nothing" in err and err.count("changes nothing") == 1
 
 

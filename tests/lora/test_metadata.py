@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,7 +183,8 @@ def test_a_huge_sidecar_is_not_read(lora_file, monkeypatch):
         (b"\xff\xd8\xff\xe0", ".jpg"),
         (b"RIFF\x10\0\0\0WEBPVP8 ", ".webp"),
         (b"RIFF\x10\0\0\0WAVEfmt ", ""),
-        (b"GIF89a", ""),
+        (b"GIF89a", ".gif"),
+        (b"GIF88a", ""),
         (b"", ""),
     ],
 )
@@ -244,7 +246,7 @@ def test_pictures_in_the_header(lora_file):
     assert metadata.sources["embedded_covers"] == "header"
     assert metadata.covers == []
     (warning,) = metadata.warnings
-    assert "ssmd_cover_images holds no PNG, JPEG or WebP picture" in warning
+    assert "ssmd_cover_images holds no PNG, JPEG, WebP or GIF picture" in warning
     assert read_embedded_covers(path) == [PNG, JPEG]
 
 
@@ -331,7 +333,7 @@ def test_covers_and_captions(lora_file, tmp_path):
         (".json", "[1]", "neon.json is not a JSON object"),
         (".json", "[" * 100_000, "neon.json is not valid JSON"),
         (".civitai.info", {"trainedWords": 3}, "trainedWords is not a list of words"),
-        (".civitai.info", {"trainedWords": [None]}, "trainedWords is not a list of words"),
+        (".civitai.info", {"trainedWords": [{}]}, "trainedWords has entries that are no words"),
         (".json", {"preferred weight": "lots"}, "preferred weight is not a number"),
         (".json", '{"preferred weight": NaN}', "preferred weight is not a number"),
         (".json", {"description": ["a"]}, "description is not text"),
@@ -391,3 +393,155 @@ def test_stem_with_dots_and_brackets(lora_file, tmp_path):
     metadata = Metadata.read(path)
     assert metadata.sources["description"] == "a.v1 [x].json"
     assert len(metadata.covers) == 1
+
+
+def read(path: Path) -> Metadata:
+    return Metadata.read(path)
+
+
+def test_a_sidecar_of_stability_matrix(lora_file) -> None:
+    entries = {
+        "ModelId": 1,
+        "ModelName": "Neon City",
+        "ModelDescription": "<p>Bright</p>",
+        "Tags": ["style"],
+        "VersionName": "v2",
+        "BaseModel": "Flux.1 D",
+        "Hashes": {"SHA256": "00", "BLAKE3": "11"},
+        "TrainedWords": ["ne0n"],
+        "UserTitle": None,
+        "Source": 0,
+        "Anything new": {"kept": True},
+    }
+    metadata = read(lora_file(**{".cm-info.json": entries}))
+    assert (metadata.title, metadata.description) == ("Neon City", "Bright")
+    assert (metadata.tags, metadata.trigger_words) == (["style"], ["ne0n"])
+    assert metadata.base_model == "Flux.1 D" and metadata.warnings == []
+
+
+def test_a_sidecar_of_rgthree(lora_file) -> None:
+    entries = {
+        "file": "neon.safetensors",
+        "name": "Neon City - v2",
+        "baseModel": "Flux.1 D",
+        "trainedWords": [
+            {"word": "ne0n", "civitai": True},
+            {"word": "glow", "user": True},
+            {"word": "1girl", "count": 99, "metadata": True},
+        ],
+        "images": [{"url": "https://x", "positive": "a neon cat"}, None],
+        "strengthMin": 0.5,
+        "strengthMax": 1.5,
+    }
+    metadata = read(lora_file(**{".safetensors.rgthree-info.json": entries}))
+    assert metadata.title == "Neon City - v2" and metadata.trigger_words == ["ne0n", "glow"]
+    assert metadata.suggestions == ["1girl"] and metadata.captions == ["a neon cat"]
+    assert metadata.strength_bounds == (0.5, 1.5) and metadata.warnings == []
+
+
+def test_the_lora_managers_own_fields_are_no_trouble_and_stay(lora_file, tmp_path) -> None:
+    from autolora.lora.add import add_files
+
+    entries = {
+        "file_name": "neon",
+        "model_name": "Neon",
+        "sha256": "0" * 64,
+        "civitai": None,
+        "favorite": True,
+        "usage_tips": "{}",
+        "base_model": "Unknown",
+        "something new": [1, {"a": None}],
+    }
+    path = lora_file({"modelspec.architecture": "flux-1-dev/lora"}, **{".metadata.json": entries})
+    metadata = read(path)
+    assert (metadata.title, metadata.base_model) == ("Neon", "flux-1-dev/lora")
+    assert metadata.warnings == []
+    add_files(tmp_path / "pool", [path])
+    assert json.loads((tmp_path / "pool" / "neon.metadata.json").read_text()) == entries
+
+
+@pytest.mark.parametrize("word", ["Unknown", "unknown ", "Other", "None", "n/a"])
+@pytest.mark.parametrize(
+    ("suffix", "key"),
+    [(".json", "sd version"), (".civitai.info", "baseModel"), (".cm-info.json", "BaseModel")],
+)
+def test_what_is_not_known_hides_nothing(lora_file, suffix: str, key: str, word: str) -> None:
+    path = lora_file({"modelspec.architecture": "flux-1-dev/lora"}, **{suffix: {key: word}})
+    assert read(path).base_model == "flux-1-dev/lora"
+
+
+def test_one_null_does_not_lose_a_list(lora_file) -> None:
+    metadata = read(lora_file(**{".civitai.info": {"trainedWords": ["ne0n", None, 7]}}))
+    assert metadata.trigger_words == ["ne0n", "7"] and metadata.warnings == []
+    metadata = read(lora_file(**{".civitai.info": {"trainedWords": [{"a": 1}, "ne0n", True]}}))
+    assert metadata.trigger_words == ["ne0n"]
+    assert metadata.warnings == [
+        "neon.civitai.info: trainedWords has entries that are no words; those are not used."
+    ]
+
+
+@pytest.mark.parametrize("word", ["<s0><s1>", "<style>1234</style>", "<tok-1> cat", "a <b2>"])
+def test_trigger_words_in_angle_brackets_are_words(lora_file, word: str) -> None:
+    from autolora.prompt_syntax import add_triggers, parse_prompt
+
+    metadata = read(
+        lora_file(
+            **{
+                ".civitai.info": {"trainedWords": [word]},
+                ".README.md": f"---\nwidget:\n- text: a photo of {word}\n---\n",
+            }
+        )
+    )
+    assert metadata.trigger_words == [word] and metadata.captions == [f"a photo of {word}"]
+    text = add_triggers("a cat", metadata.trigger_words)[0]
+    assert text == f"a cat, {word}" and parse_prompt(text).text == text
+
+
+@pytest.mark.parametrize(
+    "stem",
+    ["pytorch_lora_weights", "lora", "adapter_model", "model", "Lora-2", "diffusion_pytorch_model"],
+)
+def test_a_stem_that_says_nothing_takes_its_folders_name(lora_file, tmp_path, stem: str) -> None:
+    path = lora_file({"ss_output_name": stem}, stem=stem)
+    folder = tmp_path / "Neon City"
+    folder.mkdir()
+    path = path.rename(folder / path.name)
+    assert (read(path).title, read(path).sources["title"]) == ("Neon City", "folder name")
+    cache = tmp_path / "models--somebody--neon-style" / "snapshots" / ("a1" * 20)
+    cache.mkdir(parents=True)
+    path = path.rename(cache / path.name)
+    assert read(path).title == "neon-style"
+    (cache / "README.md").write_text("---\ntags: [a]\n---\n# Neon, the card\n")
+    assert read(path).title == "Neon, the card"
+    plain = tmp_path / "loras"
+    plain.mkdir()
+    assert read(path.rename(plain / path.name)).title == stem
+
+
+def test_names_that_say_something_stay(lora_file) -> None:
+    for stem in ("neon", "lora-neon", "model of a ship", "adapter model x", "loraine"):
+        assert read(lora_file(stem=stem)).title == stem
+
+
+def test_covers_of_other_spellings_and_kinds(lora_file, tmp_path) -> None:
+    path = lora_file()
+    for name in ("neon.PNG", "neon.gif", "neon.preview.JPG", "neon.preview.jpeg"):
+        (tmp_path / name).write_bytes(b"x")
+    covers = {cover.name for cover in read(path).covers}
+    assert covers == {"neon.PNG", "neon.gif", "neon.preview.JPG", "neon.preview.jpeg"}
+
+
+def test_a_lone_tag_of_a_training_is_its_trigger_word(lora_file) -> None:
+    lone = {"ss_tag_frequency": json.dumps({"1_ne0n": {"ne0n": 1}})}
+    assert read(lora_file(lone)).trigger_words == ["ne0n"]
+    two = {"ss_tag_frequency": json.dumps({"1_ne0n": {"ne0n": 9, "cat": 1}})}
+    assert read(lora_file(two)).trigger_words == []
+    long = {"ss_tag_frequency": json.dumps({"1": {"a photo of a cat in the snow": 9}})}
+    assert read(lora_file(long)).trigger_words == []
+    said = {**lone, "ssmd_keywords": "other"}
+    assert read(lora_file(said)).trigger_words == ["other"]
+
+
+def test_civitais_answer_under_another_name(lora_file) -> None:
+    metadata = read(lora_file(**{".json": {"trainedWords": ["ne0n"], "model": {"name": "Neon"}}}))
+    assert (metadata.title, metadata.trigger_words) == ("Neon", ["ne0n"])

@@ -16,7 +16,10 @@ JSON = st.recursive(
     max_leaves=6,
 )
 MORE = "strength strength_min strength_max strength_range images widget instance_prompt captions"
-NAMES = sorted({*MANAGER, *A1111, *CIVITAI, *HEADER, *MORE.split(), "ssmd_cover_images"})
+OTHERS = "ModelName UserTitle Tags BaseModel TrainedWords trainedWords name baseModel strengthMin"
+NAMES = sorted(
+    {*MANAGER, *A1111, *CIVITAI, *HEADER, *MORE.split(), *OTHERS.split(), "ssmd_cover_images"}
+)
 
 
 UNSAFE = {chr(n) for n in (*range(32), *range(0x7F, 0xA0), 0x202E, 0x2066, 0xD800)} - {"\n"}
