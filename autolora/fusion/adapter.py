@@ -27,7 +27,7 @@ class Adapter(Protocol):
         ...
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Return ``A [r, in]`` and ``B [out, r]`` of one layer, float32, scale folded in."""
+        """Return ``A [r, in]`` and ``B [out, r]`` of one layer, scale folded in; floating point."""
         ...
 
     def shape(self, layer: str) -> tuple[int, ...]:

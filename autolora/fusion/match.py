@@ -32,7 +32,7 @@ class AttachedAdapter:
 
 def attached_layers(module: nn.Module) -> dict[str, FusedLinear]:
     """Return the layers that hold adapters, by canonical name."""
-    return {name: m for name, m in module.named_modules() if isinstance(m, FusedLinear)}
+    return {name: m for name, m in _named_modules(module) if isinstance(m, FusedLinear)}
 
 
 def find_linears(module: nn.Module) -> dict[str, nn.Module]:
@@ -45,7 +45,7 @@ def find_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Return the base of every linear layer and convolution by its path, likewise."""
     layers: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
-    for name, child in module.named_modules():
+    for name, child in _named_modules(module):
         if not name or name.startswith(inside):
             continue
         base = child.base if isinstance(child, FusedLinear) else child
@@ -54,6 +54,23 @@ def find_layers(module: nn.Module) -> dict[str, nn.Module]:
             # A quantized layer may hold another linear inside; only the outer one is ours.
             inside = (f"{name}.",)
     return layers
+
+
+def _named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``named_modules`` without its chain of generators, which took a third of a switch."""
+    found: dict[nn.Module, str] = {}
+
+    def visit(child: nn.Module, name: str) -> None:
+        if child in found:
+            return
+        found[child] = name
+        prefix = f"{name}." if name else ""
+        for key, grandchild in child._modules.items():
+            if grandchild is not None:
+                visit(grandchild, prefix + key)
+
+    visit(module, "")
+    return [(name, child) for child, name in found.items()]
 
 
 def replace_layer(module: nn.Module, layer: str, replacement: nn.Module) -> None:

@@ -674,11 +674,54 @@ class LayerDelta:
             first = last
         return A, B
 
+    def folded(self) -> "LayerDelta":
+        """The same change with scale 1 in each low-rank piece whose type holds ``scale * B``."""
+        return replace(self, pieces=tuple(map(_folded, self.pieces)))
+
+    def compact_factors(self) -> tuple[Tensor, Tensor]:
+        """`factors` in the type of the file where that holds them exactly.
+
+        Returns:
+            ``A [R, in]`` and ``B [out, R]`` in float32, bfloat16 or float16; the tensors of the
+            file itself where there is nothing to join and nothing to scale.
+        """
+        if len(self.pieces) == 1 and self.pieces[0].rows == (slice(0, self.out_features),):
+            change = self.pieces[0].change
+            assert isinstance(change, LowRank)
+            if change.A.dtype in _COMPACT and change.B.dtype in _COMPACT:
+                B = _narrowed(_scaled(change.B, change.scale), change.B.dtype)
+                return change.A, change.B if change.scale == 1 else B
+        stored = self.tensors[0].dtype
+        A, B = self.factors()
+        return _narrowed(A, stored), _narrowed(B, stored)
+
     def square_norm(self) -> float | None:
         """Square of the Frobenius norm; None where it depends on the base weight."""
         if self.needs_base:
             return None
         return math.fsum(piece.change.square_norm() for piece in self.pieces)
+
+
+_COMPACT = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that fusion reads factors in."""
+
+
+def _folded(piece: Piece) -> Piece:
+    change = piece.change
+    if not isinstance(change, LowRank) or change.scale == 1:
+        return piece
+    exact = change.B.to(torch.float64) * change.scale
+    B = exact.to(change.B.dtype)
+    same = torch.equal(B.to(torch.float64), exact)
+    return replace(piece, change=LowRank(change.A, B)) if same else piece
+
+
+def _narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a float32 tensor in another type of `_COMPACT`, or itself where that would round."""
+    if dtype is wide.dtype or dtype not in _COMPACT:
+        return wide
+    narrow = wide.to(dtype)
+    return narrow if torch.equal(narrow.to(wide.dtype), wide) else wide
 
 
 def _scaled(B: Tensor, scale: float) -> Tensor:

@@ -448,8 +448,8 @@ class PreparedLoRA:
     Attributes:
         lora: The adapter itself.
         errors: Relative error (Frobenius) of each layer that had to be approximated.
-        nbytes: Bytes that the factors occupy, and as many again for what fusion derives from them
-            and keeps while they live.
+        nbytes: Bytes that the factors occupy beside the adapter's own tensors, which they mostly
+            are; on an accelerator as many again for what fusion derives from them and keeps.
     """
 
     def __init__(
@@ -472,17 +472,21 @@ class PreparedLoRA:
         """
         self.lora = lora
         source, self.errors = low_rank_form(lora, rank, base)
-        self._factors = {layer: source.factors(layer) for layer in source.layers}
+        for layer in source.layers:  # the same changes; the cache then holds them once
+            source._layers[layer] = source._layers[layer].folded()
+        self._factors = {layer: source._layers[layer].compact_factors() for layer in source.layers}
         if device is not None and device.type != "cpu":
             self._factors = {
                 layer: (_to_device(down, device), _to_device(up, device))
                 for layer, (down, up) in self._factors.items()
             }
         self._shapes = {layer: source.shape(layer) for layer in source.layers}
-        self.nbytes = 2 * sum(
-            tensor.numel() * tensor.element_size()
-            for pair in self._factors.values()
-            for tensor in pair
+        factors = [tensor for pair in self._factors.values() for tensor in pair]
+        own = {tensor.data_ptr() for delta in lora._layers.values() for tensor in delta.tensors}
+        self.nbytes = sum(
+            tensor.nbytes * (2 if tensor.device.type != "cpu" else 1)
+            for tensor in factors
+            if tensor.data_ptr() not in own
         )
 
     @property
@@ -496,7 +500,10 @@ class PreparedLoRA:
         return list(self._factors)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """Return ``A [r, in]`` and ``B [out, r]`` of one layer, float32, scale folded in."""
+        """Return ``A [r, in]`` and ``B [out, r]`` of one layer, scale folded in.
+
+        They are in the type of the file where that holds them exactly, else in float32.
+        """
         return self._factors[layer]
 
     def shape(self, layer: str) -> tuple[int, ...]:

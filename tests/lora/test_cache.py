@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from autolora.errors import LoRAFormatError, PoolError
 from autolora.lora import LoRA, save_lora
@@ -92,12 +93,56 @@ def test_factors_are_computed_once_and_counted(file: Path) -> None:
     assert cache.prepare(lora, 8) is ready and (cache.hits, cache.misses) == (1, 2)
     assert cache.nbytes == lora.nbytes + ready.nbytes and len(cache) == 1
     a, b = ready.factors(LAYER)
-    assert ready.nbytes == 2 * (a.nbytes + b.nbytes)  # fusion keeps as much beside them
+    assert ready.nbytes == 0  # they are the adapter's own tensors
     assert ready.factors(LAYER)[0] is a and ready.factors(LAYER)[1] is b
     assert all(torch.equal(x, y) for x, y in zip((a, b), lora.factors(LAYER), strict=True))
     assert (ready.name, ready.layers, ready.shape(LAYER)) == ("one", [LAYER], (64, 320))
     assert ready.errors == {} and ready.lora is lora
     assert cache.prepare(lora, 8, device=torch.device("cpu")).factors(LAYER)[0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [16.0, 4.0, 1.0, 5.0])
+def test_factors_are_kept_once_in_the_type_of_the_file(file: Path, dtype, alpha: float) -> None:
+    write(file, rank=16)
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: torch.randn(tensor.shape, generator=generator).to(dtype)
+        for name, tensor in load_file(file).items()
+        if not name.endswith(".alpha")
+    }
+    stem = next(iter(tensors)).split(".")[0]
+    save_file({**tensors, f"{stem}.alpha": torch.tensor(alpha)}, file)
+    truth = LoRA.load(file).factors(LAYER)
+    cache = AdapterCache()
+    lora = cache.load(file)
+    square = lora.delta(LAYER)
+    ready = cache.prepare(lora, 8)
+    factors = ready.factors(LAYER)
+    assert all(torch.equal(f.float(), t) for f, t in zip(factors, truth, strict=True))
+    assert torch.equal(lora.delta(LAYER), square)
+    exact = alpha != 5  # 5 / 16 is no power of two, and rounds
+    assert factors[0].dtype is dtype and factors[1].dtype is (dtype if exact else torch.float32)
+    if exact:
+        assert cache.nbytes <= 1.2 * file.stat().st_size
+        assert factors[1].data_ptr() in {t.data_ptr() for t in lora._layers[LAYER].tensors}
+    assert torch.equal(ready.factors(LAYER)[1], factors[1])
+
+
+def test_factors_that_the_type_cannot_hold_scaled_are_kept_wide(file: Path) -> None:
+    write(file, rank=16)
+    tiny = {
+        name: torch.full(tensor.shape, 2.0**-24).to(torch.float16)  # its smallest number
+        for name, tensor in load_file(file).items()
+        if not name.endswith(".alpha")
+    }
+    stem = next(iter(tiny)).split(".")[0]
+    save_file({**tiny, f"{stem}.alpha": torch.tensor(8.0)}, file)
+    lora = LoRA.load(file)
+    ready = PreparedLoRA(lora, 8)
+    _, b = ready.factors(LAYER)
+    assert b.dtype is torch.float32 and bool((b == 2.0**-25).all())
+    assert ready.nbytes == b.nbytes
 
 
 def test_adapters_made_in_memory_are_prepared_too(file: Path) -> None:
