@@ -1,4 +1,4 @@
-"""FLUX.1's transformer from its published layout, with random weights; needs only torch.
+"""FLUX.1's transformer from its published layout, with random weights.
 
 Layer names are the canonical ones of this project, shapes and operations those of FLUX.1: 19
 double and 38 single blocks of width 3072, modulation, query and key norms, rotary embedding, joint
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from autolora.runtime.float8 import KERNEL, multiply
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,13 @@ BLOCK = Sizes(double_blocks=0, single_blocks=1, image_tokens=192, text_tokens=64
 
 
 class Float8Linear(nn.Linear):
-    """Weights kept in float8 and widened at every call, as DiffSynth's storage does."""
+    """Weights kept in float8 and widened at every call, by the kernel of the package on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the input's dtype."""
+        library = KERNEL.get() if x.is_cpu else None
+        if library is not None:
+            return multiply(library, x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
