@@ -200,7 +200,8 @@ class AutoLoRAPipeline:
                 path of its file, or as a `LoRA`; or LoRA units. They replace what was attached
                 before.
             strategy: How they are fused; None is the configured one. ``merged`` changes the weights
-                themselves until `detach`, which restores them to the bit.
+                themselves until `detach`, which restores them to the bit; ``autolora``, where it is
+                named here, silences in every picture those that the prompt does not ask for.
 
         Returns:
             Which layers each one was put into.
@@ -214,6 +215,8 @@ class AutoLoRAPipeline:
         with self._lock:
             chosen = [self._to_attach(entry) for entry in adapters]
             keep_fitting(chosen, layer_shapes(self._denoiser), [])
+            for entry in chosen:
+                entry.optional = strategy is not None
             return self._attachments.attach(chosen, strategy or self.config.strategy)
 
     def _to_attach(self, entry: tuple[str | Path | LoRA, float] | LoRAUnit | str) -> Chosen:

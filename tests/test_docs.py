@@ -175,7 +175,7 @@ def reader(place: Path, tiny_shapes, one_base_model, monkeypatch: pytest.MonkeyP
     """Be in that folder, with the home folder there, too."""
     from autolora import config
     from autolora import config as template
-    from autolora.fusion import strategies
+    from autolora.fusion.strategies import base as strategies
     from autolora.lora import save_lora
 
     downloads = place / "Downloads"

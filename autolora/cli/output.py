@@ -225,7 +225,22 @@ WRONG_INPUT = 2
 INTERRUPTED = 130
 """Ctrl-C."""
 
-STRATEGIES = ("gated", "merged", "sum")
+STRATEGIES = (
+    "autolora",
+    "average",
+    "composite",
+    "dare",
+    "gated",
+    "klora",
+    "loratorio",
+    "merged",
+    "norm",
+    "np",
+    "ssr",
+    "sum",
+    "switch",
+    "ties",
+)
 """Names of the strategies for completion, which must not load torch; a test compares them."""
 
 

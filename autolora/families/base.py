@@ -70,6 +70,8 @@ class Family:
         denoiser: The pipeline's attribute of the model that adapters act on.
         text_encoders: The pipeline's attributes by the names of adapters' parts.
         decoder: The pipeline's attribute of the autoencoder that decodes.
+        text_layer: The denoiser's first attention layer that reads the text stream; empty where
+            nothing is said of what a prompt asks for (`autolora.generate.relevance`).
         telling: A tensor that the denoiser's files have and other families' have not.
         parts: Files of the parts by name (`autolora.config.CheckpointSettings` has the keys).
         packaged: The weights that the package itself ships; a family with them has no parts.
@@ -100,6 +102,7 @@ class Family:
     denoiser: str = "dit"
     text_encoders: Mapping[str, str] = field(default_factory=dict)
     decoder: str = "vae"
+    text_layer: str = ""
     telling: str = ""
     parts: Mapping[str, PartLayout] = field(default_factory=dict)
     packaged: Path | None = None

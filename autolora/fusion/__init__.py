@@ -23,7 +23,8 @@ from autolora.fusion.match import AttachedAdapter, attached_layers
 from autolora.fusion.merge import MergeReport, base_weight, merge_, merged, restore
 from autolora.fusion.packed import Capacity
 from autolora.fusion.record import GateRecords, record_gates
-from autolora.fusion.strategies import Strategy, get_strategy, strategy_names
+from autolora.fusion.stepping import stepping
+from autolora.fusion.strategies import Response, Strategy, get_strategy, strategy_names
 
 __all__ = [
     "Adapter",
@@ -36,6 +37,7 @@ __all__ = [
     "GateBank",
     "GateRecords",
     "MergeReport",
+    "Response",
     "Strategy",
     "WeightExchange",
     "add",
@@ -58,6 +60,7 @@ __all__ = [
     "restore",
     "save_gates",
     "set_strengths",
+    "stepping",
     "strategy_names",
     "switch",
 ]

@@ -41,7 +41,7 @@ from autolora.fusion.match import (
 )
 from autolora.fusion.merge import Merge, MergeReport, merge_, merge_of, restore
 from autolora.fusion.packed import Capacity, Factors
-from autolora.fusion.strategies import Strategy, get_strategy
+from autolora.fusion.strategies import ShapedLinear, Strategy, get_strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class AttachReport:
 def attach(
     module: nn.Module,
     adapters: Sequence[tuple[Adapter, float]],
-    strategy: str = "gated",
+    strategy: str | Strategy = "gated",
     gates: GateBank | None = None,
 ) -> AttachReport:
     """Put adapters around the linear layers of a model, or into its weights.
@@ -84,7 +84,7 @@ def attach(
     Args:
         module: The model, such as a FLUX DiT; adapters name its layers by module path.
         adapters: Pairs of adapter and strength; none at all detaches.
-        strategy: Name of the strategy.
+        strategy: The strategy or its name.
         gates: Trained gates for strategies that use them; None is the plain sum.
 
     Raises:
@@ -122,7 +122,7 @@ def detach(module: nn.Module) -> int:
 def attached(
     module: nn.Module,
     adapters: Sequence[tuple[Adapter, float]],
-    strategy: str = "gated",
+    strategy: str | Strategy = "gated",
     gates: GateBank | None = None,
 ) -> Iterator[AttachReport]:
     """Attach for the length of a ``with`` block; then what was in force before is so again.
@@ -209,6 +209,7 @@ def plan_layers(
         FusionError: As for `attach`.
     """
     check_adapters(adapters)
+    strategy.begin([adapter.name for adapter, _ in adapters])
     linears = find_layers(module)
     matched = tuple(match(adapter, strength, linears) for adapter, strength in adapters)
     members: dict[str, list[tuple[Adapter, float]]] = {layer: [] for layer in linears}
@@ -327,7 +328,7 @@ Entry = tuple[str, Factors, float]
 def switch(
     module: nn.Module,
     adapters: Members,
-    strategy: str = "gated",
+    strategy: str | Strategy = "gated",
     gates: GateBank | None = None,
 ) -> AttachReport:
     """Go from what is attached to other adapters, strengths, gates or another strategy.
@@ -339,7 +340,7 @@ def switch(
     Args:
         module: The model.
         adapters: Pairs of adapter and strength, as they shall be afterwards; none detaches.
-        strategy: Name of the strategy.
+        strategy: The strategy or its name.
         gates: Trained gates for strategies that use them; None is the plain sum.
 
     Raises:
@@ -374,7 +375,7 @@ def add(
     module: nn.Module,
     adapter: Adapter,
     strength: float = 1.0,
-    strategy: str = "gated",
+    strategy: str | Strategy = "gated",
     gates: GateBank | None = None,
 ) -> AttachedAdapter:
     """Attach one more adapter, after those that are attached already.
@@ -393,6 +394,8 @@ def add(
     chosen = get_strategy(strategy)
     if adapter.name in attached_names(module):
         raise FusionError(f"adapter {adapter.name!r} is attached already; change its strength")
+    if chosen.shapes:
+        raise FusionError(f"adapters under {chosen.name} depend on each other; attach them at once")
     merge = merge_of(module)
     if merge is not None or chosen.merges:
         if merge is None and attached_names(module):
@@ -443,7 +446,16 @@ def remove(module: nn.Module, name: str) -> int:
             _update([(layer, fused, rest_of_layer)])
         else:
             replace_layer(module, layer, fused.base)
+    _shape_anew(module)
     return count
+
+
+def _shape_anew(module: nn.Module) -> None:
+    """Let a strategy that looks at all adapters know that there are others."""
+    for fused in attached_layers(module).values():
+        if isinstance(fused, ShapedLinear):
+            fused.strategy.begin(attached_names(module))
+            fused.set_strengths(fused.strengths)
 
 
 def _entries(fused: FusedLinear) -> list[Entry]:
@@ -573,7 +585,7 @@ def reserve(
     capacity: Capacity,
     dtype: torch.dtype,
     device: torch.device,
-    strategy: str = "gated",
+    strategy: str | Strategy = "gated",
     gates: GateBank | None = None,
     layers: Callable[[str], bool] | None = None,
 ) -> tuple[str, ...]:
@@ -600,6 +612,8 @@ def reserve(
         FusionError: Something is attached already, the strategy merges, or no layer is chosen.
     """
     chosen = get_strategy(strategy)
+    if chosen.shapes:
+        raise FusionError(f"no room can be made for the strategy {chosen.name}; use sum or gated")
     if chosen.merges or attached_names(module) or attached_layers(module):
         raise FusionError("room for adapters can only be made in a bare model; detach first")
     linears = {n: m for n, m in find_linears(module).items() if layers is None or layers(n)}

@@ -19,7 +19,7 @@ from autolora.unit import Steps, acts_in
 if TYPE_CHECKING:
     from torch import nn
 
-    from autolora.fusion import Adapter, AttachReport, GateBank
+    from autolora.fusion import Adapter, AttachReport, GateBank, Strategy
     from autolora.lora import LoRA
     from autolora.lora.pool import AdapterCache
     from autolora.retrieval import Hit
@@ -29,6 +29,9 @@ ROUNDING_WORTH_SAYING = 0.05
 
 APPROXIMATION_WORTH_SAYING = 1e-4
 """Relative error of a layer up to which a low-rank form counts as the layer itself."""
+
+QUIET = "quiet: the prompt does not ask for it"
+"""What a report says of an adapter that a strategy silences."""
 
 _ENCODER_NAMES = {"clip": "CLIP", "t5": "T5"}
 
@@ -48,6 +51,9 @@ class Chosen:
         text_encoder: Strength of its part for text encoders; None is `strength` where these are
             changed at all.
         patterns: What its layers were narrowed down by; empty is nothing.
+        optional: Whether a strategy may silence it, since nobody asked for it by name.
+        relevance: How much the prompt asks for it; None where that was not looked at.
+        quiet: Whether it is silent, since the prompt does not ask for it.
     """
 
     lora: LoRA
@@ -59,9 +65,19 @@ class Chosen:
     steps: Steps | None = None
     text_encoder: float | None = None
     patterns: tuple[str, ...] = ()
+    optional: bool = False
+    relevance: float | None = None
+    quiet: bool = False
+
+    @property
+    def acting(self) -> float:
+        """The strength that it acts at."""
+        return 0.0 if self.quiet else self.strength
 
     def text_strength(self, usual: bool) -> float:
         """Strength on text encoders, by whether the picture has adapters act on these."""
+        if self.quiet:
+            return 0.0
         if self.text_encoder is not None:
             return self.text_encoder
         return self.strength if usual else 0.0
@@ -71,7 +87,7 @@ class Chosen:
         return UsedAdapter(
             name=self.lora.name,
             strength=self.strength,
-            why=self.why,
+            why=f"{self.why}; {QUIET}" if self.quiet else self.why,
             score=None if self.score is None else round(self.score, 4),
             sha256=self.lora.sha256,
             triggers=self.triggers,
@@ -82,6 +98,8 @@ class Chosen:
             steps=list(self.steps or ()),
             text_encoder=self.text_encoder,
             patterns=list(self.patterns),
+            relevance=None if self.relevance is None else round(self.relevance, 2),
+            quiet=self.quiet,
         )
 
 
@@ -103,7 +121,7 @@ def by_step(
 
     if all(entry.steps is None for entry in chosen):
         return None
-    usual = {entry.lora.name: entry.strength for entry in chosen}
+    usual = {entry.lora.name: entry.acting for entry in chosen}
     limits = {entry.lora.name: entry.steps for entry in chosen}
     acting = dict(usual)
 
@@ -220,7 +238,8 @@ class Attachments:
 
         notes: list[str] = []
         pairs = self._pairs(chosen, strategy, notes)
-        report = switch(self._denoiser(), pairs, strategy, self._gates())
+        ready = self._ready(chosen, pairs, strategy)
+        report = switch(self._denoiser(), pairs, ready, self._gates())
         self.chosen, self.strategy = list(chosen), strategy
         self._report, self._notes, self._set_aside = report, notes, False
         return report
@@ -320,7 +339,7 @@ class Attachments:
         Raises:
             AutoLoRAError: Something does not fit.
         """
-        from autolora.fusion import attached
+        from autolora.fusion import attached, get_strategy, stepping
 
         dit = self._denoiser()
         with ExitStack() as stack:
@@ -329,7 +348,9 @@ class Attachments:
                 notes += self._notes
             else:
                 pairs = self._pairs(chosen, strategy, notes)
-                report = stack.enter_context(attached(dit, pairs, strategy, self._gates()))
+                ready = self._ready(chosen, pairs, strategy)
+                report = stack.enter_context(attached(dit, pairs, ready, self._gates()))
+            stack.enter_context(stepping(self._base(), dit, get_strategy(strategy)))
             if note := rounding_note(report.rounding):
                 notes.append(note)
             if text_encoders or any(entry.text_encoder for entry in chosen):
@@ -340,7 +361,7 @@ class Attachments:
         """Tell whether this is just what stays attached, in all steps."""
         if any(entry.steps is not None for entry in chosen):
             return False
-        wanted = {entry.lora.name: (id(entry.lora), entry.strength) for entry in chosen}
+        wanted = {entry.lora.name: (id(entry.lora), entry.acting) for entry in chosen}
         present = {entry.lora.name: (id(entry.lora), entry.strength) for entry in self.chosen}
         return bool(chosen) and wanted == present and strategy == self.strategy
 
@@ -357,13 +378,25 @@ class Attachments:
 
         ordered = sorted(chosen, key=lambda entry: entry.lora.name)
         if get_strategy(strategy).merges:
-            return [(entry.lora, entry.strength) for entry in ordered]
+            return [(entry.lora, entry.acting) for entry in ordered]
         pairs: list[tuple[Adapter, float]] = []
         for entry in ordered:
             ready = self._prepare(entry.lora, self._denoiser())
             notes += approximation_notes(entry.lora, ready.errors)
-            pairs.append((ready, entry.strength))
+            pairs.append((ready, entry.acting))
         return pairs
+
+    def _ready(
+        self, chosen: Sequence[Chosen], pairs: Sequence[tuple[Adapter, float]], name: str
+    ) -> Strategy:
+        """Make a strategy, with the passes that it wants to see before."""
+        from autolora.fusion import get_strategy
+        from autolora.generate.relevance import calibrate
+
+        strategy = get_strategy(name)
+        if strategy.calibrates and pairs:
+            calibrate(self._base(), strategy, pairs, {e.lora.name: e.lora for e in chosen})
+        return strategy
 
     def _prepare(self, lora: LoRA, module: nn.Module) -> Any:
         import torch

@@ -31,7 +31,8 @@ from autolora.styles import PLAIN, Style
 from autolora.unit import MAX_STRENGTH, LoRAUnit, check_steps, matching_layers, merge_units
 
 if TYPE_CHECKING:
-    from autolora.fusion import GateBank
+    from autolora.fusion import GateBank, Strategy
+    from autolora.generate.relevance import Relevance
     from autolora.lora import LoRA
     from autolora.lora.pool import AdapterCache
     from autolora.retrieval import Hit
@@ -222,7 +223,7 @@ def with_triggers(prompt: str, chosen: Sequence[Chosen]) -> str:
     for entry in chosen:
         words = entry.lora.metadata.trigger_words
         entry.triggers = []
-        if entry.strength > 0 and not any(has_phrase(text, word) for word in words):
+        if entry.acting > 0 and not any(has_phrase(text, word) for word in words):
             text, entry.triggers = add_triggers(text, words[:MAX_TRIGGERS])
     return text
 
@@ -435,6 +436,7 @@ class Planner:
         self._pool, self._cache, self._base = pool, cache, base
         self._gates, self._search = gates, search
         self._attachments = attachments
+        self._relevance: Relevance | None = None
 
     def plan(
         self,
@@ -461,7 +463,8 @@ class Planner:
         usual = standing.strategy if standing.chosen else self._config.strategy
         wanted = (asked.strategy, style.strategy, usual)
         name = next(strategy for strategy in wanted if strategy is not None)
-        uses_gates = get_strategy(name).uses_gates
+        strategy = get_strategy(name)
+        uses_gates = strategy.uses_gates
         notes: list[str] = []
         clock = Clock()
         if picks is None:
@@ -482,8 +485,11 @@ class Planner:
         base = self._base()
         chosen = keep_fitting(chosen, layer_shapes(base.family.model(base)), notes)
         gated = bool(chosen) and uses_gates and self._gates() is not None
-        if chosen and uses_gates and not gated:
+        if chosen and uses_gates and not gated and not strategy.chooses:
             notes.append("There are no trained gates for this base model; the adapters are summed.")
+        if strategy.chooses:
+            sources = {entry.unit.name: entry.source for entry in picks}
+            chosen = self._judge(strategy, request.prompt, chosen, sources, asked.strategy)
         clock.mark("load")
         text = with_triggers(request.prompt, chosen) if asked.use_triggers else request.prompt
         if not text:
@@ -491,6 +497,33 @@ class Planner:
         notes += [*request.notes, *base_notes(base, request, chosen, text)]
         report = plan_report(request, text, self._config, name, chosen, notes, asked.text_encoders)
         return Plan(request, chosen, report, gated, clock)
+
+    def _judge(
+        self,
+        strategy: Strategy,
+        prompt: str,
+        chosen: Sequence[Chosen],
+        sources: Mapping[str, str],
+        explicit: str | None,
+    ) -> list[Chosen]:
+        """Let a strategy silence what the prompt does not ask for.
+
+        What was found, or came with a style or the configuration, may be silenced. What a person
+        named may be only where the person also chose the strategy; tags and pins never.
+        """
+        from autolora.generate.relevance import judge, relevance_of
+
+        judged = []
+        for entry in chosen:
+            source = sources.get(entry.lora.name, "attached")
+            free = source in ("found", "style", "model")
+            named = explicit is not None and source not in ("prompt", "pinned")
+            judged.append(replace(entry, optional=entry.optional or free or named))
+        if not any(entry.optional for entry in judged):
+            return judged
+        if self._relevance is None:
+            self._relevance = relevance_of(self._base(), self._config)
+        return judge(self._relevance, strategy, prompt, judged)
 
     def choose(self, asked: GenerateRequest, style: Style = PLAIN) -> list[Hit]:
         """Search for adapters beside those that are named, in the order in which they are taken."""

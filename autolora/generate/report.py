@@ -44,7 +44,7 @@ def write_parameters(report: Report) -> str:
         The text, in at least two lines.
     """
     tags = "".join(
-        f" <lora:{parameter_name(lora.name)}:{lora.strength:g}>" for lora in report.adapters
+        f" <lora:{parameter_name(lora.name)}:{lora.strength:g}>" for lora in _acting(report)
     )
     # A model with embedded guidance has the usual scale beside it, 1 where it is turned off.
     embedded = report.true_cfg is not None
@@ -71,10 +71,14 @@ def write_parameters(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _acting(report: Report) -> list[UsedAdapter]:
+    return [used for used in report.adapters if not used.quiet]
+
+
 def _lora_hashes(report: Report) -> str | None:
     pairs = [
         f"{parameter_name(lora.name)}: {lora.data_sha256[:LORA_HASH_DIGITS]}"
-        for lora in report.adapters
+        for lora in _acting(report)
         if lora.data_sha256
     ]
     return ", ".join(pairs) or None
@@ -104,6 +108,9 @@ class UsedAdapter:
         steps: First and last step in which it acted, None as the last for the end; empty for all.
         text_encoder: Strength of its part for text encoders, where that was asked for.
         patterns: What its layers were narrowed down by; empty for nothing.
+        relevance: How much the prompt asks for it, in standard deviations over neutral prompts;
+            None where that was not looked at.
+        quiet: Whether the strategy silenced it, since the prompt does not ask for it.
     """
 
     __pydantic_config__ = schema.RECORDED
@@ -121,6 +128,8 @@ class UsedAdapter:
     steps: list[int | None] = field(default_factory=list)
     text_encoder: float | None = None
     patterns: list[str] = field(default_factory=list)
+    relevance: float | None = None
+    quiet: bool = False
 
     def to_unit(self) -> LoRAUnit:
         """Return what asks for it again, in the same way.
@@ -248,8 +257,8 @@ class Report:
         del facts["timings"]
         for used in facts["adapters"]:
             # What few adapters have is written where they have it.
-            for name in ("steps", "text_encoder", "patterns"):
-                if not used[name] and used[name] != 0:
+            for name in ("steps", "text_encoder", "patterns", "relevance", "quiet"):
+                if used[name] is False or (not used[name] and used[name] != 0):
                     del used[name]
         return {PARAMETERS_CHUNK: self.a1111(), CHUNK: json.dumps(facts, ensure_ascii=True)}
 

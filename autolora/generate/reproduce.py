@@ -355,14 +355,21 @@ def repeat_options(report: Report, pool: Callable[[], Pool]) -> dict[str, Any]:
     located = locate_adapters(report, pool()) if report.adapters else []
     units = []
     for used, entry in zip(report.adapters, located, strict=True):
+        if used.quiet:
+            continue
         renamed = entry is not None and entry.name != used.name
         unit = used.to_unit()
         units.append(dataclasses.replace(unit, path=entry.path) if renamed and entry else unit)
+    strategy = report.strategy
+    if strategy == "autolora":
+        # What it decided is in the report; what it let act went through gates, if there were any.
+        gated = any(used.gate is not None for used in report.adapters)
+        strategy = "gated" if gated else "sum"
     return {
         "loras": units,
         "retrieve": False,
         "use_triggers": False,
-        "strategy": report.strategy,
+        "strategy": strategy,
         "steps": report.steps,
         "size": (report.width, report.height),
         "guidance": report.guidance,
@@ -386,16 +393,24 @@ def restore_facts(report: Report, recorded: Report, notes: list[str]) -> Report:
     fresh = {used.name: used for used in report.adapters}
     adapters = [
         dataclasses.replace(
-            fresh[name],
+            fresh.get(name, used),
             why=used.why,
             score=used.score,
             triggers=used.triggers,
             channels=used.channels,
+            relevance=used.relevance,
+            quiet=used.quiet,
         )
         for name, used in first.items()
     ]
     known = list(dict.fromkeys([*recorded.notes, *notes, *report.notes]))
-    return dataclasses.replace(report, prompt=recorded.prompt, adapters=adapters, notes=known)
+    return dataclasses.replace(
+        report,
+        prompt=recorded.prompt,
+        strategy=recorded.strategy,
+        adapters=adapters,
+        notes=known,
+    )
 
 
 def repeat(path: str | Path, pipe: Pipeline, force: bool = False, **options: Any) -> Output:

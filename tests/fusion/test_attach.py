@@ -165,7 +165,12 @@ def test_refusals_change_nothing(model, occupied):
     refused(model, [good, good], "'good' is given twice")
     refused(model, [(good[0], float("inf"))], "strength inf of adapter 'good'")
     refused(model, [(good[0], "1")], "strength '1' of adapter 'good'")
-    refused(model, [good], "unknown strategy 'ties2'; choose one of sum, gated", strategy="ties2")
+    refused(
+        model,
+        [good],
+        "unknown strategy 'ties2'; choose one of autolora, gated, sum",
+        strategy="ties2",
+    )
     other = GateBank.neutral({"blocks.0.ff_a.0": (16, 4)})
     refused(model, [good], "gates are for another model: .*missing here", gates=other)
     other = GateBank.neutral({LAYER: (15, 32)})
@@ -280,4 +285,4 @@ def test_a_quantized_layer_with_a_linear_inside_is_wrapped_once():
 
 
 def test_strategies_are_listed():
-    assert strategy_names() == ("sum", "gated", "merged")
+    assert strategy_names()[:4] == ("autolora", "gated", "sum", "merged")

@@ -95,6 +95,7 @@ FAMILY = Family(
     read_text=_read_text,
     text_encoders={"clip": "text_encoder_1", "t5": "text_encoder_2"},
     decoder="vae_decoder",
+    text_layer="blocks.0.attn.b_to_qkv",
     parts={
         "transformer": PartLayout(
             (

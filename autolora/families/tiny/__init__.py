@@ -34,6 +34,7 @@ FAMILY = Family(
     packaged=Path(__file__).parent / "weights" / "tiny-flux.safetensors",
     text_encoders={"clip": "text_encoder_1", "t5": "text_encoder_2"},
     decoder="vae_decoder",
+    text_layer="blocks.0.attn.b_to_qkv",
     embeds_guidance=embeds_guidance,
     inputs=_text_length,
     images=lambda pipe: ImageInputs(control="controlnet_inputs", reference="kontext_images"),
