@@ -25,7 +25,7 @@ from autolora.errors import AutoLoRAError
 
 app = typer.Typer(
     name="autolora",
-    help="Type a prompt; AutoLoRA finds the FLUX LoRAs that fit it and fuses them.",
+    help="Type a prompt; AutoLoRA finds the LoRAs that fit it and fuses them.",
     epilog=examples(
         'autolora generate "a neon elephant on a blue background"',
         'autolora search "something that glows"',
