@@ -1,4 +1,4 @@
-"""Compares loaders: every FLUX.1 format as AutoLoRA, DiffSynth and diffusers with PEFT read it.
+"""Compares loaders: every LoRA format as AutoLoRA, DiffSynth and diffusers with PEFT read it.
 
     python scripts/compare_loaders.py [--only TEXT] [--out docs/formats.md]
 
@@ -7,8 +7,9 @@ dense weight change in float64. Each loader gets the same file through its publi
 float32, and its change of every layer is compared with the truth. Files have width 64 and two
 blocks of each kind. Where diffusers' converter has the sizes of FLUX.1 written into its code, two
 files have the true width, and the others leave out the layer that it splits by them; where it asks
-for all 57 blocks it gets them. Prints a Markdown table; the last line is JSON. ``--out`` replaces
-the table between the markers of a page.
+for all 57 blocks it gets them. Files of the other families are small ones of
+``tests/lora/truth/families.py``. Without diffusers, the other two are compared. Prints a Markdown
+table; the last line is JSON. ``--out`` replaces the table between the markers of a page.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import Tensor
 
+from scripts.compare import families
 from scripts.compare.files import Entry, entries
 from scripts.compare.loaders import Loader, NeverEnds, at_most, loaders, quiet
 from scripts.compare.outcome import Outcome, measured
 from tests.lora.truth import TruthFile
+from tests.lora.truth.families import FAMILY_CASES
 
 PATIENCE = 60.0  # seconds of processor time for one file; the longest needs some ten
 BEGIN, END = "<!-- compare_loaders: begin -->", "<!-- compare_loaders: end -->"
@@ -86,6 +89,26 @@ def compared(entry: Entry, found: list[Loader]) -> dict[str, Any]:
             by_part = outcomes(loader, entry, truth, truth.save(Path(folder)))
         row["loaders"][loader.name] = {part: o.to_dict() for part, o in by_part.items()}
         gc.collect()
+    return row
+
+
+def family_row(name: str, found: list[Loader]) -> dict[str, Any]:
+    """One row of a file for another family than FLUX.1."""
+    file = FAMILY_CASES[name]()
+    row: dict[str, Any] = {"case": name, "size": "small", "loaders": {}}
+    layers = {layer: lambda change=change: change for layer, change in file.changes.items()}
+    for loader in found:
+        load = families.LOADERS[loader.name.split()[0]]
+        with tempfile.TemporaryDirectory() as folder:
+            path = file.save(Path(folder))
+            try:
+                with quiet(), at_most(PATIENCE):
+                    outcome = measured(layers, load(path, file))
+            except Exception as error:  # whatever a loader raises is its result
+                text = str(error).replace(f"{path.parent}/", "").strip().split("\n")[0][:100]
+                outcome = Outcome(raised=f"{type(error).__name__}: {text.strip()}")
+        row["loaders"][loader.name] = {"transformer": outcome.to_dict()}
+    gc.collect()
     return row
 
 
@@ -156,8 +179,16 @@ def provenance() -> dict[str, str]:
         "commit": (git("rev-parse", "--short", "HEAD") or "unknown") + changed,
         "date": datetime.date.today().isoformat(),
         "machine": f"{cpu}, CPU only, float32",
-        "versions": ", ".join(f"{name} {version(name)}" for name in packages),
+        "versions": ", ".join(f"{name} {known}" for name in packages if (known := installed(name))),
     }
+
+
+def installed(package: str) -> str:
+    """Version of a package; empty where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def write_page(page: Path, content: str) -> None:
@@ -184,13 +215,17 @@ def main() -> None:
     args = parsed()
     torch.set_grad_enabled(False)
     chosen = [entry for entry in entries() if args.only in entry.case.name]
-    if not chosen:
+    others = [name for name in FAMILY_CASES if args.only in name]
+    if not chosen and not others:
         sys.exit(f"No file is called anything with {args.only!r}; leave out --only to compare all.")
-    found = loaders()
+    found, missing = loaders()
+    if missing:
+        print(missing, file=sys.stderr)
     rows = []
     for entry in chosen:
         rows.append(compared(entry, found))
         print(f"{entry.case.name} done", file=sys.stderr, flush=True)
+    rows += [family_row(name, found) for name in others]
     facts, counts = provenance(), summary(rows, found)
     stated = "; ".join(f"{name} {value}" for name, value in facts.items() if name != "command")
     content = "\n\n".join(

@@ -10,7 +10,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -292,6 +292,13 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def loaders() -> list[Loader]:
-    """All that are compared, ours first."""
-    return [Ours(), DiffSynth(), Diffusers()]
+def loaders() -> tuple[list[Loader], str]:
+    """All that can be compared here, ours first, and a sentence on what is missing, or none."""
+    try:
+        return [Ours(), DiffSynth(), Diffusers()], ""
+    except PackageNotFoundError as error:
+        missing = (
+            f"{error.name} is not installed, so that diffusers is left out of the comparison; "
+            '`pip install -e ".[compare]"` adds it.'
+        )
+        return [Ours(), DiffSynth()], missing
