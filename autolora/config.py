@@ -86,6 +86,10 @@ class CheckpointSettings:
     """Folder of T5's tokenizer."""
     processor: str | None = None
     """Folder of the processor of a model that reads pictures with its text encoder."""
+    controlnets: dict[str, str] = field(default_factory=dict)
+    """ControlNets by the name that requests call them; a file, or files of a hub repository."""
+    beside: dict[str, str] = field(default_factory=dict)
+    """Further models by their attribute in DiffSynth's pipeline, such as ``ipadapter``."""
     folder: PathField = Path("models")
     """Where files of hub repositories are kept, as ``folder/owner/name/...``."""
     source: str = "modelscope"
@@ -487,6 +491,12 @@ def _rooted(checkpoint: CheckpointSettings, root: Path) -> CheckpointSettings:
         path = _absolute(root, text)
         if path.exists() or hub_reference(text) is None:
             changes[part] = str(path)
+    for key in ("controlnets", "beside"):
+        texts: dict[str, str] = getattr(checkpoint, key)
+        changes[key] = {
+            name: text if hub_reference(text) is not None else str(_absolute(root, text))
+            for name, text in texts.items()
+        }
     return dataclasses.replace(checkpoint, **changes)
 
 

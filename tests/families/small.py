@@ -24,6 +24,7 @@ from tests.families.flux1.real_format import (
     save_shards,
     write_clip_tokenizer,
 )
+from tests.families.flux1.real_format import write as write_real_format
 
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
@@ -227,7 +228,14 @@ def _clip(words: int) -> Any:
     )
 
 
+def write_flux1(root: Path) -> Path:
+    """FLUX.1 [schnell] in BFL's files."""
+    root.mkdir(parents=True)
+    return write_real_format(root, guidance=False).bfl
+
+
 WRITERS: Mapping[str, Callable[[Path], Path]] = {
+    "flux1": write_flux1,
     "flux2": write_flux2,
     "qwen_image": write_qwen_image,
     "sdxl": write_sdxl,

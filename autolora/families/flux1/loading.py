@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffsynth.models.flux_text_encoder_clip import FluxTextEncoderClip
 from diffsynth.models.flux_text_encoder_t5 import FluxTextEncoderT5
+from diffsynth.pipelines.flux_image import MultiControlNet
 from diffsynth.utils.state_dict_converters.flux_text_encoder_clip import (
     FluxTextEncoderClipStateDictConverter,
 )
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from autolora.families.base import Family
+from autolora.families.beside import load_beside
 from autolora.families.fitting import fit
 from autolora.families.flux1.autoencoder import autoencoders
 from autolora.families.flux1.model import SizedFluxDiT
@@ -127,6 +129,7 @@ def load(family: Family, config: Any, device: torch.device) -> Any:
     pipe = load_family(family, config, device, COMPONENTS, _READERS)
     pipe.variant = SCHNELL if pipe.dit.guidance_embedder is None else DEV
     pipe.text_length = TEXT_LENGTHS[pipe.variant]
+    load_beside(pipe, config, "controlnet", MultiControlNet)
     return pipe
 
 

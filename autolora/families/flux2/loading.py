@@ -16,6 +16,7 @@ from diffsynth.utils.state_dict_converters.z_image_text_encoder import (
 from transformers import AutoProcessor, AutoTokenizer
 
 from autolora.families.base import Family
+from autolora.families.beside import load_beside
 from autolora.families.language import build_mistral3, build_qwen3
 from autolora.families.loading import Component, Reader, find_parts, load_family, part_names
 from autolora.safetensors_io import Shapes, count_blocks
@@ -92,4 +93,6 @@ def load(family: Family, config: Any, device: torch.device) -> Any:
     kind = AutoTokenizer if klein else AutoProcessor
     reader = Reader("tokenizer", "tokenizer", kind.from_pretrained)
     components = [_TRANSFORMER, _KLEIN if klein else _DEV, _VAE]
-    return load_family(family, config, device, components, [reader])
+    pipe = load_family(family, config, device, components, [reader])
+    load_beside(pipe, config)
+    return pipe

@@ -14,6 +14,7 @@ from diffsynth.utils.state_dict_converters.qwen_image_text_encoder import (
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 
 from autolora.families.base import Family
+from autolora.families.beside import load_beside
 from autolora.families.fitting import fit
 from autolora.families.language import build_qwen_vl
 from autolora.families.loading import Component, Reader, load_family
@@ -93,4 +94,5 @@ def load(family: Family, config: Any, device: torch.device) -> Any:
     pipe = load_family(family, config, device, COMPONENTS, readers)
     # As DiffSynth's own loader leaves it: the loop hands it on even where there is none.
     pipe.blockwise_controlnet = QwenImageBlockwiseMultiControlNet([])
+    load_beside(pipe, config, "blockwise_controlnet", QwenImageBlockwiseMultiControlNet)
     return pipe

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffsynth.diffusion.ddim_scheduler import DDIMScheduler
 from diffsynth.models.stable_diffusion_text_encoder import SDTextEncoder
 from diffsynth.models.stable_diffusion_vae import StableDiffusionVAE
 from diffsynth.models.stable_diffusion_xl_text_encoder import SDXLTextEncoder2
@@ -19,8 +21,10 @@ from diffsynth.utils.state_dict_converters.stable_diffusion_xl_text_encoder impo
 )
 from transformers import CLIPTokenizer
 
+from autolora.errors import ConfigError, shown
 from autolora.families.base import Family
-from autolora.families.loading import Component, Reader, load_family
+from autolora.families.beside import load_beside
+from autolora.families.loading import Component, Reader, find_parts, load_family
 from autolora.safetensors_io import Shapes, count_blocks
 
 _Convert = Callable[[dict[str, Any]], dict[str, Any]]
@@ -146,4 +150,29 @@ def load(family: Family, config: Any, device: torch.device) -> Any:
     readers = [
         Reader(name, name, CLIPTokenizer.from_pretrained) for name in ("tokenizer", "tokenizer_2")
     ]
-    return load_family(family, config, device, COMPONENTS, readers)
+    pipe = load_family(family, config, device, COMPONENTS, readers)
+    load_beside(pipe, config)
+    pipe.scheduler = _scheduler(config, family)
+    return pipe
+
+
+def _scheduler(config: Any, family: Family) -> DDIMScheduler:
+    """DiffSynth's scheduler for what the UNet predicts, by the settings beside its folder.
+
+    Raises:
+        ConfigError: It predicts something else than noise or v.
+    """
+    paths = find_parts(config, family, ["transformer"])["transformer"].paths
+    path = paths[0].parent.parent / "scheduler" / "scheduler_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = {}
+    prediction = settings.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ConfigError(
+            f"{shown(path)} says that the UNet predicts {shown(prediction, 40)}, which is neither "
+            "epsilon nor v_prediction."
+        )
+    rescale = settings.get("rescale_betas_zero_snr") is True
+    return DDIMScheduler(prediction_type=prediction, rescale_zero_terminal_snr=rescale)

@@ -12,6 +12,7 @@ from diffsynth.utils.state_dict_converters.z_image_text_encoder import (
 from transformers import AutoTokenizer
 
 from autolora.families.base import Family
+from autolora.families.beside import load_beside
 from autolora.families.flux1.autoencoder import autoencoders
 from autolora.families.language import build_qwen3
 from autolora.families.loading import Component, Reader, load_family
@@ -60,4 +61,5 @@ def load(family: Family, config: Any, device: torch.device) -> Any:
     compute = pipe.torch_dtype
     # DiffSynth hands the time embedding on in bfloat16, whatever the model computes in.
     pipe.dit.t_embedder.mlp.register_forward_pre_hook(lambda _, args: (args[0].to(compute),))
+    load_beside(pipe, config, "controlnet")
     return pipe
