@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Strict
 
 from autolora import schema
 from autolora.errors import ConfigError, GenerationError, shown
@@ -256,6 +257,8 @@ class PipelineConfig:
     """A torch device; ``auto`` is the first GPU, or else the CPU."""
     pool: PathField = Path("lora_pool")
     """Folder of LoRA files."""
+    follow_links: Annotated[tuple[PathField, ...], Strict(False)] = ()
+    """Folders outside the pool that links in it may lead to."""
     index: PathField = Path("index")
     """Folder that the search index is written to."""
     encoder: PathField | None = None
@@ -478,6 +481,7 @@ def load_config(source: str | Path) -> PipelineConfig:
         for unit in config.loras
     )
     checkpoint = _rooted(config.checkpoint, root)
+    rooted["follow_links"] = tuple(_absolute(root, folder) for folder in config.follow_links)
     return dataclasses.replace(config, checkpoint=checkpoint, loras=loras, **rooted)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from autolora.errors import printable
@@ -40,8 +40,31 @@ def replacing(target: Path, suffix: str = ".part") -> Iterator[Path]:
             temporary.unlink()
 
 
+_followed: set[Path] = set()
+
+
+def follow_links(roots: Iterable[Path]) -> None:
+    """Let links lead into these folders, too, in this process: somebody made them on purpose.
+
+    Args:
+        roots: Folders, such as one on another drive, or a cache of the Hugging Face hub.
+    """
+    for root in roots:
+        with contextlib.suppress(OSError, RuntimeError):
+            _followed.add(root.expanduser().resolve())
+
+
+def is_followed(target: Path) -> bool:
+    """Tell whether links may lead to a place: see `follow_links`.
+
+    Args:
+        target: The place, resolved.
+    """
+    return any(target.is_relative_to(root) for root in _followed)
+
+
 def leaves(link: Path, root: Path) -> bool:
-    """Tell whether a link leads out of a folder.
+    """Tell whether a link leads out of a folder, and not where links may lead.
 
     Args:
         link: A symbolic link.
@@ -51,9 +74,10 @@ def leaves(link: Path, root: Path) -> bool:
         True as well where the link leads nowhere or round in a circle.
     """
     try:
-        return not link.resolve(strict=True).is_relative_to(root)
+        target = link.resolve(strict=True)
     except (OSError, RuntimeError):
         return True
+    return not target.is_relative_to(root) and not is_followed(target)
 
 
 def is_own_file(path: Path) -> bool:

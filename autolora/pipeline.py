@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import PipelineConfig, load_config
+from autolora.files import follow_links
 from autolora.generate.active_adapters import Attachments, Chosen, by_step
 from autolora.generate.plan import Pick, Plan, Planner, keep_fitting, load_pick
 from autolora.generate.report import Output, Report
@@ -81,6 +82,7 @@ class AutoLoRAPipeline:
     @cached_property
     def pool(self) -> Pool:
         """The LoRA files."""
+        follow_links(self.config.follow_links)
         pool = Pool(self.config.pool)
         pool.cache = self.cache
         return pool

@@ -27,6 +27,7 @@ import typer
 from autolora.cli.output import (
     FOUND_PROBLEMS,
     AsJson,
+    FollowLinks,
     IndexBar,
     Model,
     PicturesView,
@@ -537,6 +538,7 @@ def generate(
     prompt: Prompt = None,
     model: Model = "tiny",
     pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
     lora: Asked = None,
     no_retrieval: NoRetrieval = False,
     top_k: TopK = None,

@@ -317,6 +317,26 @@ PoolFolder = Annotated[
         help="LoRAs to use, in place of the model's.",
     ),
 ]
+
+
+def _follow(roots: list[Path] | None) -> list[Path] | None:
+    from autolora.files import follow_links
+
+    follow_links(roots or [])
+    return roots
+
+
+FollowLinks = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--follow-links",
+        metavar="FOLDER",
+        envvar="AUTOLORA_FOLLOW_LINKS",
+        callback=_follow,
+        help="Follow links of the pool that lead into this folder; repeatable.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

@@ -12,6 +12,7 @@ import typer
 from autolora.cli.output import (
     FOUND_PROBLEMS,
     AsJson,
+    FollowLinks,
     IndexBar,
     Model,
     PoolFolder,
@@ -39,7 +40,12 @@ pool_app = typer.Typer(
 @pool_app.command(
     "list", epilog=examples("autolora pool list", "autolora pool list --pool ~/loras --json")
 )
-def list_pool(model: Model = "tiny", pool: PoolFolder = None, as_json: AsJson = False) -> None:
+def list_pool(
+    model: Model = "tiny",
+    pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
+    as_json: AsJson = False,
+) -> None:
     """List the LoRAs by name."""
     loras = _open(model, pool)
     rows: list[dict[str, Any]] = []
@@ -64,6 +70,7 @@ def list_pool(model: Model = "tiny", pool: PoolFolder = None, as_json: AsJson = 
     ]
     heads = ("name", "title", "base model", "trigger words", "kB")
     console(stderr=False).print(make_table(heads, table))
+    print_notes(loras.link_notes())
 
 
 @pool_app.command(
@@ -84,6 +91,7 @@ def check(
     ] = False,
     model: Model = "tiny",
     pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
     as_json: AsJson = False,
 ) -> None:
     """Open LoRA files and tell what is in them and what is not used; status 1 for problems."""
@@ -288,6 +296,7 @@ def show(
     name: Annotated[str, typer.Argument(help="Name of a LoRA.", autocompletion=complete_loras)],
     model: Model = "tiny",
     pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what is known about one LoRA: format, layers, ranks, and metadata with its sources."""
@@ -330,6 +339,7 @@ def add(
     ] = False,
     model: Model = "tiny",
     pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
     as_json: AsJson = False,
 ) -> None:
     """Check LoRA files and copy them into the pool with what belongs to them; all or none."""
@@ -366,8 +376,11 @@ def _plain(value: Any) -> Any:
 
 def _folder(model: str, pool: Path | None) -> Path:
     from autolora.config import load_config
+    from autolora.files import follow_links
 
-    return load_config(model).pool if pool is None else pool.expanduser()
+    config = load_config(model)
+    follow_links(config.follow_links)
+    return config.pool if pool is None else pool.expanduser()
 
 
 def _open(model: str, pool: Path | None) -> Pool:

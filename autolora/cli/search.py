@@ -8,6 +8,7 @@ import typer
 
 from autolora.cli.output import (
     AsJson,
+    FollowLinks,
     IndexBar,
     Model,
     PoolFolder,
@@ -35,6 +36,7 @@ def search(
     k: Annotated[int, typer.Option("-k", metavar="N", help="How many hits at most.")] = 5,
     model: Model = "tiny",
     pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank the pool for a prompt, with scores and reasons.
@@ -51,6 +53,7 @@ def search(
     hits = pipe.search(prompt, k)
     chosen = {hit.name for hit in pipe.choose(prompt)}
     show_hits(hits, chosen | asked, as_json)
+    print_notes(pipe.pool.link_notes())
     if left_out:
         print_notes([f"Files that cannot be searched: {left_out}; `autolora index` says why."])
 
@@ -59,6 +62,7 @@ def index(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Encode every file again.")] = False,
     model: Model = "tiny",
     pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
     as_json: AsJson = False,
 ) -> None:
     """Build the search index of the pool, or bring it up to date."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from autolora.cli.output import Model, PoolFolder, examples, open_pipeline
+from autolora.cli.output import FollowLinks, Model, PoolFolder, examples, open_pipeline
 from autolora.errors import ConfigError
 
 EXAMPLES = examples(
@@ -63,6 +63,7 @@ def serve(
     port: Port = 6006,
     model: Model = "tiny",
     pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
     auth: Auth = "",
     password: Password = "",
     i_know: IKnow = False,

@@ -11,6 +11,7 @@ import typer
 
 from autolora.cli.output import (
     AsJson,
+    FollowLinks,
     Model,
     PoolFolder,
     console,
@@ -41,6 +42,7 @@ def show(
     ],
     model: Model = "tiny",
     pool: PoolFolder = None,
+    follow_links: FollowLinks = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a picture says about how it was made; of other programs' LoRAs, what is here."""

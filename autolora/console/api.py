@@ -284,7 +284,9 @@ def _add_search(router: APIRouter, studio: Studio) -> None:
             }
             for hit in studio.desk.search(words, k)
         ]
-        return {"hits": hits, "notes": plan.notes}
+        pool = studio.pool()
+        links = [] if pool is None else pool.link_notes()
+        return {"hits": hits, "notes": [*plan.notes, *links]}
 
     @router.post("/cards", responses=_BAD)
     def cards(body: CardsRequest) -> dict[str, Any]:

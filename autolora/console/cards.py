@@ -157,13 +157,18 @@ class SearchDesk:
         return choose(state.searcher, prompt, k, taken=taken)
 
     def search(self, prompt: str, k: int) -> list[Hit]:
-        """Rank the pool for a prompt without tags, best first."""
+        """Rank the pool for a prompt without tags, best first; copies take one place."""
+        from autolora.generate.search import rank
+
         state = self._state
-        return [] if state is None or not prompt else state.searcher.search(prompt, k)
+        return [] if state is None or not prompt else rank(state.searcher, prompt, k)
 
     def scores(self, prompt: str, names: Collection[str]) -> dict[str, Hit]:
         """What the search thinks of adapters that take part for another reason."""
-        hits = self.search(prompt, 4 * len(names) + 16) if names else []
+        state = self._state
+        if state is None or not prompt or not names:
+            return {}
+        hits = state.searcher.search(prompt, 4 * len(names) + 16)
         return {hit.name: hit for hit in hits if hit.name in names}
 
 

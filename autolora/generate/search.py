@@ -50,6 +50,32 @@ class IndexState:
         return len(self.searcher.index)
 
 
+MORE_FOR_COPIES = 4
+
+
+def rank(searcher: Searcher, prompt: str, k: int) -> list[Hit]:
+    """Rank a pool for a prompt.
+
+    Args:
+        searcher: Its search.
+        prompt: What is wanted.
+        k: How many hits at most.
+
+    Returns:
+        Hits, best first; of copies of one file the first alone.
+
+    Raises:
+        RetrievalError: An empty prompt, or k below 1.
+    """
+    hits = searcher.search(prompt, MORE_FOR_COPIES * k)
+    names = {hit.name for hit in hits}
+    content = {r.name: r.sha256 or r.name for r in searcher.index.records if r.name in names}
+    first: dict[str, Hit] = {}
+    for hit in hits:
+        first.setdefault(content[hit.name], hit)
+    return list(first.values())[:k]
+
+
 class PoolSearch:
     """Searches a pool; the base model is asked for only where a file must be encoded."""
 
@@ -69,8 +95,8 @@ class PoolSearch:
         self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def search(self, prompt: str, k: int) -> list[Hit]:
-        """Rank the pool for a prompt, best first."""
-        return self.open().searcher.search(prompt, k)
+        """Rank the pool for a prompt, best first; copies of one file take one place."""
+        return rank(self.open().searcher, prompt, k)
 
     def choose(self, prompt: str, k: int, taken: Collection[str] = ()) -> list[Hit]:
         """Choose adapters that cover a prompt beside those that are taken anyway."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autolora.errors import LoRAFormatError, PoolError, shown
-from autolora.files import is_plain_name
+from autolora.files import is_followed, is_plain_name
 from autolora.lora.formats import Description, describe_file
 from autolora.lora.metadata import Metadata
 from autolora.lora.names import NameIndex
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin"})
 _OTHER_WEIGHTS = frozenset({".gguf", ".onnx"})
+_LEAVES = "is a link that leaves the pool"
+_TO_FOLLOW = (
+    "name the folder that it leads to with --follow-links, or as follow_links in the "
+    "configuration, or put the files themselves in the pool"
+)
+MAX_LINK_NOTES = 3
 _BAD_NAME = "has a line break or another control character in its name; rename it"
 
 
@@ -69,13 +75,14 @@ class Problem:
 
 
 class _Scan:
-    """One walk through a folder; links are looked at and never walked through."""
+    """One walk through a folder; links are walked through only where that was asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.files: list[tuple[str, int, int]] = []  # path inside the pool, size, mtime_ns
         self.problems: list[Problem] = []
         self._folder = str(folder)
         self._real = os.path.realpath(folder)
+        self._walked = {self._real}
         pending = [""]
         while pending:
             pending += self._list(pending.pop())
@@ -90,7 +97,9 @@ class _Scan:
                     if item.name.startswith("."):
                         continue
                     path = os.path.join(inside, item.name)
-                    if item.is_dir(follow_symlinks=False):
+                    if item.is_dir(follow_symlinks=False) or self._is_followed(item):
+                        if not self._is_new(item):
+                            continue
                         if not is_plain_name(item.name):
                             self._report(path, _BAD_NAME)
                             continue
@@ -137,9 +146,30 @@ class _Scan:
             target = os.path.realpath(path, strict=True)
         except OSError:
             return "is a link that leads nowhere; remove it"
-        if target.startswith(self._real.rstrip(os.sep) + os.sep):
+        if self._is_inside(target):
             return ""
-        return "is a link that leaves the pool; put the files themselves in the pool"
+        if is_followed(Path(target)):
+            return ""
+        return f"{_LEAVES}; {_TO_FOLLOW}"
+
+    def _is_followed(self, item: os.DirEntry[str]) -> bool:
+        """Whether an item is a link to a folder outside the pool that is to be walked through."""
+        if not item.is_symlink() or not item.is_dir():
+            return False
+        target = os.path.realpath(item.path)
+        return not self._is_inside(target) and is_followed(Path(target))
+
+    def _is_new(self, item: os.DirEntry[str]) -> bool:
+        """Whether a folder was not walked through yet; links may lead round in a circle."""
+        if not item.is_symlink() and len(self._walked) == 1:
+            return True  # no link was walked through that could lead here
+        target = os.path.realpath(item.path)
+        new = target not in self._walked
+        self._walked.add(target)
+        return new
+
+    def _is_inside(self, target: str) -> bool:
+        return target == self._real or target.startswith(self._real.rstrip(os.sep) + os.sep)
 
     def _report(self, inside: str, problem: str) -> None:
         path = Path(self._folder, inside)
@@ -408,6 +438,15 @@ class Pool:
             )
         self._by_name = {entry.name: entry for entry in self.entries}
         self._index: NameIndex | None = None
+
+    def link_notes(self) -> list[str]:
+        """Say which links are not followed, the first few by name."""
+        links = [p for p in self.scan_problems if _LEAVES in p.reason]
+        names = [shown(problem.path.relative_to(self.folder), 80) for problem in links]
+        if not names:
+            return []
+        more = f" and {len(names) - MAX_LINK_NOTES} more" if len(names) > MAX_LINK_NOTES else ""
+        return [f"Not followed: {', '.join(names[:MAX_LINK_NOTES])}{more}; {_TO_FOLLOW}."]
 
     @property
     def names(self) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from autolora.config import PipelineConfig
-from autolora.generate.search import PoolSearch
+from autolora.generate.search import PoolSearch, rank
 
 
 def digest(config: PipelineConfig, sha256: str = "a", portraits: bool = True) -> str:
@@ -36,3 +36,17 @@ def test_an_encoder_of_weights_alone_does_not_hang_on_the_base_model(tmp_path: P
     one = digest(config, portraits=False)
     assert one == digest(replace(config, storage="float32"), portraits=False)
     assert one != digest(config, portraits=True)
+
+
+def test_copies_of_one_file_take_one_place() -> None:
+    """Three files, two of them with the same bytes, found in the order of their scores."""
+    hits = [SimpleNamespace(name=name) for name in ("a", "copy of a", "b", "c")]
+    records = [
+        SimpleNamespace(name=name, sha256=sha)
+        for name, sha in (("c", ""), ("b", "22"), ("a", "11"), ("copy of a", "11"), ("d", "22"))
+    ]
+    searcher = SimpleNamespace(
+        search=lambda prompt, k: hits[:k], index=SimpleNamespace(records=records)
+    )
+    assert [hit.name for hit in rank(searcher, "a", 5)] == ["a", "b", "c"]
+    assert [hit.name for hit in rank(searcher, "a", 2)] == ["a", "b"]

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from autolora import files
 from autolora.errors import LoRAFormatError, PoolError, shown
 from autolora.lora import LoRA, Pool
 from tests.lora.lora_files import make_file
@@ -203,3 +204,50 @@ def test_listing_opens_nothing_and_costs_one_stat_a_file(tmp_path, monkeypatch):
     pool = Pool(root)
     assert len(pool) == 300
     assert len(calls) < 20
+
+
+@pytest.fixture
+def trust(monkeypatch):
+    """Forget afterwards which folders links may lead to."""
+    monkeypatch.setattr(files, "_followed", set())
+    return lambda *roots: files.follow_links(roots)
+
+
+def test_links_that_were_made_on_purpose_are_followed(folder, tmp_path, trust) -> None:
+    drive = tmp_path / "another drive"
+    one = write(drive / "one.safetensors")
+    write(drive / "more" / "two.safetensors")
+    (folder / "drive").symlink_to(drive)
+    (folder / "three.safetensors").symlink_to(one)
+    (drive / "round").symlink_to(folder)
+    (drive / "again").symlink_to(drive)
+    (folder / "private").symlink_to(write(tmp_path / "private" / "no.safetensors").parent)
+    before = Pool(folder)
+    assert not {"one", "two", "three"} & set(before.names)
+    (note,) = before.link_notes()
+    assert "drive, private, three.safetensors" in note.replace(folder.name, "")
+    assert "--follow-links" in note
+    trust(drive)
+    pool = Pool(folder)
+    assert set(pool.names) == {*before.names, "one", "two", "three"}
+    assert pool.entry("two").path == folder / "drive" / "more" / "two.safetensors"
+    assert pool.load("two").layers and pool.load("three").layers
+    assert ["private" in note and "drive" not in note for note in pool.link_notes()] == [True]
+
+
+def test_a_cache_of_the_hub_is_read(tmp_path, trust) -> None:
+    cache = tmp_path / "models--somebody--neon-style"
+    blob = write(cache / "blobs" / "0a1b2c.safetensors").rename(cache / "blobs" / "0a1b2c")
+    (cache / "blobs" / "card").write_text("---\ninstance_prompt: ne0n\n---\n")
+    snapshot = cache / "snapshots" / ("a1" * 20)
+    snapshot.mkdir(parents=True)
+    (snapshot / "pytorch_lora_weights.safetensors").symlink_to("../../blobs/0a1b2c")
+    (snapshot / "README.md").symlink_to("../../blobs/card")
+    assert blob.is_file()
+    with pytest.raises(PoolError, match="is a link that leaves the pool"):
+        Pool(snapshot)
+    trust(cache)
+    pool = Pool(snapshot)
+    metadata = pool.metadata("pytorch_lora_weights")
+    assert (metadata.title, metadata.trigger_words) == ("neon-style", ["ne0n"])
+    assert pool.load("pytorch_lora_weights").layers
