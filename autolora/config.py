@@ -1,11 +1,8 @@
-"""What a base model's YAML file may say, and how it is found and read.
+"""Configurations: one YAML file per base model, with its pool, index, memory settings and defaults.
 
-One file stands for one base model with its pool, index and defaults. Unknown keys and wrong values
-are errors, all of them named at once. Nothing here needs torch.
-
-Settings of full-size base models: where their files come from, and how they share the memory.
-
-Writes a user's own configuration from a shipped one, comments and all.
+A configuration is found by name or path, and checked as a whole: unknown keys and wrong values are
+all named at once. `autolora init` writes a user's own from a shipped one, comments and all. Nothing
+here needs torch.
 """
 
 from __future__ import annotations

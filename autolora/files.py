@@ -1,7 +1,4 @@
-"""Files that are there whole or not at all.
-
-Which paths of a folder of people's files are taken: links that leave it and names that lie.
-"""
+"""Files on disk: written whole or not at all, and kept apart from links and names that mislead."""
 
 from __future__ import annotations
 
@@ -98,7 +95,7 @@ def is_own_file(path: Path) -> bool:
 
 
 def is_plain_name(name: str) -> bool:
-    """Tell whether a file name can be shown, typed and stored as it is.
+    """Tell whether a file name can be shown, typed and stored unchanged.
 
     Args:
         name: Name of a file.

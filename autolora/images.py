@@ -117,7 +117,7 @@ class GivenImages:
             asked: Width and height that were asked for; None where nothing was.
 
         Returns:
-            Width and height; None where there is no picture, or its size is not needed.
+            Width and height; None without a picture, or if its size is not needed.
 
         Raises:
             GenerationError: The file cannot be read, or the proportions differ from what was asked.

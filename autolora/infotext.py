@@ -30,7 +30,7 @@ class Parameters:
 
     Attributes:
         prompt: The prompt with its tags.
-        negative_prompt: What the picture shall not show.
+        negative_prompt: What the picture should not show.
         settings: The settings as text, by name.
     """
 

@@ -111,7 +111,7 @@ class AutoLoRAPipeline:
 
     @cached_property
     def gates(self) -> GateBank | None:
-        """Trained gates; None where there are none, so that adapters are summed."""
+        """Trained gates; None without any, so that adapters are summed."""
         from autolora.fusion import load_gates
 
         path = self.config.gate or shipped_gate(self.config)
@@ -279,7 +279,7 @@ class AutoLoRAPipeline:
         were before, also after an error.
 
         Args:
-            prompt: What the picture shall show, or all of what is asked for.
+            prompt: What the picture should show, or a whole request.
             seed: Seed of the noise.
             planned: Called once before the first step, with all of the report but how it went.
             progress: Called with steps done and steps in all; what it raises ends the call.
@@ -320,7 +320,7 @@ class AutoLoRAPipeline:
         The pool is searched, adapters are attached and the prompt is read once.
 
         Args:
-            prompt: What the pictures shall show, or all of what is asked for.
+            prompt: What the pictures should show, or a whole request.
             seeds: Seeds of the noises.
             batch: Pictures to draw at once. With 1 every picture is the same to the byte as one
                 that is drawn alone; with more, single pixels may differ by a grey level, and each

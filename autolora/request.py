@@ -36,7 +36,7 @@ Names = Annotated[tuple[str, ...], Strict(False)]
 
 
 class GenerateRequest(BaseModel):
-    """What is asked for, the same for Python, shell, JSON lines, HTTP, console, styles and PNG.
+    """A request, the same for Python, shell, JSON lines, HTTP, console, styles and PNG.
 
     None stands for the base model's configured value. Some fields have a second name, by which one
     face or another has always known them; ``size`` (``"128x96"`` or a pair) is width and height.
@@ -110,7 +110,7 @@ class GenerateRequest(BaseModel):
 
     @model_validator(mode="after")
     def _checked(self) -> GenerateRequest:
-        """Check what hangs on no base model."""
+        """Check what does not depend on the base model."""
         for name, strength in self.strengths.items():
             check_strength(name, strength)
         if len(self.drop) > MAX_NAMES:
@@ -215,7 +215,7 @@ class Request:
         typed: The prompt as it was typed.
         prompt: The prompt without tags.
         tags: The adapters that its tags ask for.
-        negative_prompt: What the picture shall not show.
+        negative_prompt: What the picture should not show.
         seed: Seed of the noise.
         steps: Denoising steps.
         width: Pixels.
@@ -245,7 +245,7 @@ class Request:
 
 
 def make_request(config: PipelineConfig, prompt: str, **fields: Any) -> Request:
-    """Check what is asked for and fill in the model's defaults; see `settle`.
+    """Check a request and fill in the model's defaults; see `settle`.
 
     Args:
         config: The base model's configuration.
@@ -261,7 +261,7 @@ def settle(config: PipelineConfig, asked: GenerateRequest) -> Request:
 
     Args:
         config: The base model's configuration.
-        asked: What is asked for.
+        asked: The request.
 
     Returns:
         The request.

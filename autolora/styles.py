@@ -47,7 +47,7 @@ class Style:
         name: Stem of its file.
         title: What people read, by language; the name where a language is missing.
         prompt: Template; ``{prompt}`` stands for what is typed.
-        negative_prompt: Added to what the picture shall not show.
+        negative_prompt: Added to the request's negative prompt.
         loras: Its LoRAs; files call them ``adapters``, too.
         strategy: How adapters are fused; None is the configured way.
         retrieve: Whether the search adds adapters that fit; files call it ``automatic``, too.

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail_with(error: Exception) -> int:
-    """Say what typer found wrong with the command line; any other error goes on as it is."""
+    """Say what typer found wrong with the command line; any other error is raised again."""
     sentence = getattr(error, "format_message", None)
     if sentence is not None:
         if type(error).__name__ == "NoArgsIsHelpError":

@@ -1,11 +1,8 @@
-"""``autolora generate``: pictures for a prompt, for lines of stdin, or again from a picture.
+"""``autolora generate``: pictures for a prompt, for each line of stdin, or again from a picture.
 
-Pictures of the command ``generate``: checked, drawn, saved one by one.
-
-``autolora generate --stdin``: a prompt or a JSON object per line, a JSON object per picture.
-
-Lines are read, drawn and answered one by one, so that another program can talk to it. What is wrong
-in one line is said in the answer to that line; the others go on.
+A line of stdin is a prompt or a JSON object. Lines are read, drawn and answered one by one, so that
+another program can hold a conversation; what is wrong with a line is in the answer to that line,
+and the others go on.
 """
 
 from __future__ import annotations
@@ -59,7 +56,7 @@ class Job:
     """Pictures to draw that differ in their seeds only.
 
     Attributes:
-        asked: What is asked for; its seed is not used.
+        asked: The request; its seed is not used.
         seeds: Their seeds, each once.
         out: What ``--out`` says.
         batch: How many to draw at once.
@@ -115,13 +112,13 @@ def draw(
     quiet: bool,
     saved: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Make pictures; each is saved, its path printed, and its facts told as soon as it is there.
+    """Make pictures; each is saved, its path printed and its facts handed on once it is there.
 
     Args:
         pipe: The pipeline.
         job: The pictures.
         quiet: Whether to print nothing but the bar.
-        saved: Told the facts of each picture with its ``path``.
+        saved: Called with the facts of each picture and its ``path``.
     """
     from autolora.generate.reproduce import restore_facts
 

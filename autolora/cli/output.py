@@ -1,7 +1,4 @@
-"""What the shell shows: tables, bars, notes and JSON.
-
-What the commands of the shell share: exit statuses, options, completion, opening a pipeline.
-"""
+"""What the shell's commands share: exit statuses, options, completion, how results look."""
 
 from __future__ import annotations
 
@@ -123,7 +120,7 @@ class _Bar:
         self._progress.update(self._task, completed=done, total=total)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

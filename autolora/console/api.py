@@ -1,10 +1,7 @@
-"""The HTTP interface: what the page uses, and programs, too.
+"""The HTTP interface, which the page uses, too: pictures, the pool, uploads, styles, the queue.
 
-Answers of ``POST /api/generate``: whole, or as events while pictures come along.
-
-A LoRA file that somebody sent: looked at outside the pool, then put into it whole.
-
-The pool over HTTP: browsing, covers, checking, adding a file, the index.
+``POST /api/generate`` answers when all is done, or with events while pictures come along. An
+uploaded LoRA is checked outside the pool and then put into it whole.
 """
 
 from __future__ import annotations
@@ -59,7 +56,7 @@ def view_events(view: JobView, sent: int, image: bool) -> Iterator[dict[str, Any
 
     Args:
         view: The job.
-        sent: How many of its pictures were told already.
+        sent: How many of its pictures were sent already.
         image: Whether to put PNG files in.
 
     Yields:

@@ -70,7 +70,7 @@ class Plan:
     """What a picture would be made with.
 
     Attributes:
-        asked: What was asked for.
+        asked: The request.
         style: The style in force.
         prompt: The prompt in its style, without tags; the trigger words come later.
         cards: The adapters, in order.
@@ -185,7 +185,7 @@ def make_plan(
         desk: The search.
         catalog: The pool.
         style: The style that the request names.
-        asked: What is asked for; without a prompt there are only adapters that were named.
+        asked: The request; without a prompt there are only adapters that were named.
         config: The base model's configuration.
 
     Returns:

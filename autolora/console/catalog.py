@@ -1,13 +1,9 @@
-"""The pool as people browse it: titles, trigger words, tags, formats, covers, page by page.
+"""The pool as people browse it: titles, trigger words, tags, formats and covers, page by page.
 
-Files are read in the background once and again when they change; what has not been read yet shows
-its name only, so that a pool of thousands can be browsed at once.
-
-Covers of LoRAs as small pictures, kept in a folder so that a gallery stays smooth.
-
-A cover is whatever people put beside their files, so it is opened with care: only as a picture of
-a common kind and of a size that can be meant, and what is handed out is always a new file made by
-us.
+Files are read in the background, once and again when they change; what has not been read yet shows
+its name only, so that a pool of thousands can be browsed at once. Covers are whatever people put
+beside their files, so they are opened with care: only common kinds of pictures of a plausible size,
+and what is served is always a new, small file, which is cached in a folder.
 """
 
 from __future__ import annotations
@@ -79,7 +75,7 @@ class Item:
         return "\n".join(words).casefold()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what browsers and programs are told; no paths of this machine are in it."""
+        """Return plain data for browsers and programs; no paths of this machine are in it."""
         return {
             "name": self.name,
             "title": self.title or self.name,
@@ -357,7 +353,7 @@ class Covers:
             The file.
 
         Raises:
-            PoolError: There is no such cover, or it is no picture that can be shown.
+            PoolError: There is no such cover, or it cannot be shown as a picture.
         """
         side = next((known for known in SIZES if known >= size), SIZES[-1])
         return self._kept(

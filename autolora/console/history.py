@@ -1,6 +1,6 @@
-"""Finished pictures: saved in the output folder, found again by an id that cannot be guessed.
+"""Finished pictures in the output folder, and each visitor's history of them.
 
-What each visitor made: the history that the page shows and restores from.
+A picture is found by an id that cannot be guessed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Picture:
     report: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what browsers and programs are told; the URL is relative to the server's root."""
+        """Return plain data for browsers and programs; the URL is relative to the server's root."""
         return {
             "id": self.id,
             "url": f"api/pictures/{self.id}.png",

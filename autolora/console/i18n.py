@@ -4,7 +4,7 @@ Sentences of the program in the language of the page.
 
 The library says everything in English, into reports and pictures too; only what the page shows is
 translated, by templates: `{}` stands for a part that is kept, or translated in its turn where it is
-a sentence of its own. What no template knows stays as it is.
+a sentence of its own. What no template knows stays unchanged.
 """
 
 from __future__ import annotations

@@ -338,7 +338,7 @@ class JobQueue:
         return "waiting" if len(job.results) < len(job.tasks) else "done"
 
     def _tell_all(self, job: Job) -> None:
-        """Positions of others change with a job, so all who follow any job are told."""
+        """Positions of others change with a job, so everybody who follows a job is notified."""
         with self._changed:
             self._changed.notify_all()
             others = self._active()

@@ -1,4 +1,4 @@
-"""What page and HTTP interface take and give, as the documentation shows it."""
+"""Requests and answers of the HTTP interface, as its documentation shows them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RANDOM_SEEDS = 2**31
 
 
 class ServerRequest(GenerateRequest):
-    """What is asked of a server; everything but the prompt may be left out."""
+    """A request to a server; everything but the prompt may be left out."""
 
     seed: int = Field(
         default=RANDOM_SEED, description="Seed of the first picture; -1 is a random one."
@@ -74,7 +74,7 @@ class ServerRequest(GenerateRequest):
 
     @model_validator(mode="after")
     def _within_limits(self) -> ServerRequest:
-        """Keep a server from what would take it all, or show what it shall not.
+        """Refuse what would take a whole server, or show files that it must not.
 
         Raises:
             GenerationError: A value is not possible.

@@ -1,6 +1,6 @@
-"""The page: where things stand and which function answers to what. What they do is in `forms`.
+"""The Gradio page: layout, and what its controls do.
 
-What the page's buttons do: from values of the form to orders, and from jobs to what is shown.
+Functions here turn the values of a form into a request, and jobs and pictures into what is shown.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ VALUES = (
     "compare",
     "desk",
 )
-"""Names of the parts that hold what is asked for, in the order in which they are sent."""
+"""Names of the controls that hold a request's fields, in the order in which they are sent."""
 PICTURE = ("redraw", "redrawn")
 """Parts that hold a picture to redraw; they are sent after the others, and not remembered."""
 

@@ -1,7 +1,4 @@
-"""Putting the console on a port.
-
-The documentation of the HTTP interface as one page that needs nothing from elsewhere.
-"""
+"""Runs the console on a port, and documents the HTTP interface on a page without outside files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page and the HTTP interface both do: plan, draw, remember, restore."""
+"""What the page and the HTTP interface share: planning, drawing, history, the pool's index."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Studio:
         """Decide which adapters a picture would take.
 
         Args:
-            asked: What is asked for; its prompt may be empty.
+            asked: The request; its prompt may be empty.
 
         Returns:
             The plan; an index that is not there yet finds nothing and says so in the notes.
@@ -126,7 +126,7 @@ class Studio:
         """Put an order into the queue.
 
         Args:
-            order: What is asked for.
+            order: The request.
             owner: Who may cancel it.
             visit: Whose history the pictures go to; empty for nobody's.
 

@@ -300,7 +300,7 @@ def _equations(module: Module, shape: Shape) -> list[tuple[Size, int, int]]:
 
 
 def _solve(modules: Iterable[_Known]) -> dict[str, int] | None:
-    """Widths that explain all sizes; None where there are none."""
+    """Widths that explain all sizes; None if no widths do."""
     widths: dict[str, int] = {}
     sums: list[tuple[Size, int]] = []
     for module, shape in modules:
@@ -395,7 +395,7 @@ def _other_in(header: Iterable[str]) -> str:
 
 
 def _telling_name(modules: Iterable[str], known: set[str]) -> str:
-    """Title of a model that a module path belongs to by its name; empty where there is none."""
+    """Title of a model that a module path belongs to by its name; empty if it belongs to none."""
     from autolora.families.others import DOTTED_NAMES, NAMES
 
     for path in modules:

@@ -22,7 +22,7 @@ def fit(model: _Module, shapes: Shapes, width: int | None = None) -> _Module:
 
     Args:
         model: The module, on the meta device.
-        shapes: Shapes by the module's own names; what is not named stays as it is.
+        shapes: Shapes by the module's own names; what is not named stays unchanged.
         width: Channels of normalizations without weights, whose sizes no tensor tells.
 
     Returns:

@@ -1,4 +1,7 @@
-"""What a base model's files hold, by their headers alone. Needs neither torch nor DiffSynth."""
+"""Reads the headers of a base model's files: sizes, layout and whether the model is the right one.
+
+Needs neither torch nor DiffSynth.
+"""
 
 from __future__ import annotations
 

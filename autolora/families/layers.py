@@ -295,7 +295,7 @@ class TextEncoder:
 
 
 class Denoiser(Protocol):
-    """What is asked of a model to list its layers: torch's ``named_modules``."""
+    """What a model needs to have its layers listed: torch's ``named_modules``."""
 
     def named_modules(self) -> Iterable[tuple[str, Any]]:
         """Yield every submodule with its dotted path."""
@@ -505,13 +505,13 @@ def flat(path: str) -> str:
 
 
 def templates(path: str) -> Iterator[tuple[str, int | None]]:
-    """A path with ``{i}`` for the number of its innermost block, then as it is.
+    """A path with ``{i}`` for the number of its innermost block, then unchanged.
 
     Args:
         path: Canonical or foreign, joined by ``.`` or ``_``.
 
     Yields:
-        Template and block number; None for the path as it is.
+        Template and block number; None for the unchanged path.
     """
     if "{" in path:
         return

@@ -260,8 +260,8 @@ def _load(
 def pack(dit: nn.Module, storage: str, device: torch.device, home: torch.device) -> nn.Module:
     """Let a library pack the linear layers in blocks, one at a time, through the device.
 
-    The few layers outside the blocks are small, and quality hangs on them. Nobody may put a LoRA on
-    the result by DiffSynth's own loader: it would add to the packed numbers.
+    The few layers outside the blocks are small, and quality depends on them. No LoRA may
+    be put on the result by DiffSynth's own loader: it would add to the packed numbers.
 
     Raises:
         ConfigError: The library does not work here.

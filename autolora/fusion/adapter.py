@@ -1,4 +1,4 @@
-"""What fusion asks of an adapter."""
+"""The protocols of adapters: what fusion needs of them."""
 
 from __future__ import annotations
 

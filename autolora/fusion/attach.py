@@ -1,16 +1,9 @@
-"""Put adapters into a model and take them out again.
+"""Attaches adapters to a model, exchanges them, and takes them out.
 
-Change what is attached, touching nothing but what differs.
-
-`attach` builds every layer anew. Here layers that are attached already are kept as objects, and
-only those that an adapter comes to or goes from are changed; the factors of the other adapters are
-neither asked for nor computed again.
-
-Adapters on their way to the accelerator while it works on something else.
-
-CUDA graphs around a model with adapters, for small steps that launches would dominate.
-
-Room for adapters that come later, for models that are compiled or captured once.
+`attach` replaces layers by `FusedLinear`. `switch`, `add` and `remove` keep what is attached and
+change only the layers that differ; other adapters' factors are not computed again. For models that
+are compiled or captured as CUDA graphs, `reserve` sets memory aside for adapters that come later.
+Factors may be copied to the accelerator while it works on something else (`ready_beside`).
 """
 
 from __future__ import annotations
@@ -189,7 +182,7 @@ class LayerPlan:
     Attributes:
         linears: The base of every linear layer and convolution.
         members: The adapters of each layer that holds any, in the model's order.
-        report: What is going to be told.
+        report: The report to return.
     """
 
     linears: dict[str, nn.Module]
@@ -339,7 +332,7 @@ def switch(
 
     Args:
         module: The model.
-        adapters: Pairs of adapter and strength, as they shall be afterwards; none detaches.
+        adapters: Pairs of adapter and strength, as they should be afterwards; none detaches.
         strategy: The strategy or its name.
         gates: Trained gates for strategies that use them; None is the plain sum.
 

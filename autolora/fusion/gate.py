@@ -117,7 +117,7 @@ class Gate(nn.Module):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def forward(self, base_output: Tensor, adapter_outputs: Tensor) -> Tensor:
-        """Fuse by the equation as it is written; `autolora.fusion.linear` is the fast form.
+        """Fuse by the equation, term by term; `autolora.fusion.linear` is the fast form.
 
         Args:
             base_output: ``y``, ``[..., out]``.

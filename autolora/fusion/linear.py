@@ -1,10 +1,8 @@
-"""One linear layer with adapters around it.
-
-Adapters' outputs added to a base output: the plain sum, and the gated one.
+"""A linear layer with adapters beside it: the plain sum of their outputs, or the gated one.
 
 Shapes: ``N`` adapters, ``R`` packed ranks, ``in`` and ``out`` channels. All adapters of a layer
-share one down-projection; `autolora.fusion.packed` says how they are packed,
-and `autolora.fusion.kernels` holds the arithmetic behind the gate, once per kind of device.
+share one down-projection (`autolora.fusion.packed`). The gated arithmetic is in
+`autolora.fusion.kernels`, once per kind of device.
 """
 
 from __future__ import annotations
@@ -209,7 +207,7 @@ class FusedLinear(nn.Module):
 
     @property
     def capacity(self) -> Capacity | None:
-        """The declared most that the adapters may need, None where there is none."""
+        """The declared most that the adapters may need, None if not declared."""
         return self._packed.capacity
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
@@ -249,7 +247,7 @@ class FusedLinear(nn.Module):
             return y
         if torch.is_grad_enabled():
             return self._add_adapters(x, y, False)
-        # Whether nobody else can hold the base's output, so that it may be overwritten.
+        # In place is safe only if no hook can hold the base's output.
         inplace = isinstance(base, nn.Linear) and not base._forward_hooks
         layer = self._native_layer() if native.takes(y, x) else None
         if layer is None:
@@ -281,7 +279,7 @@ class FusedLinear(nn.Module):
             self._packed.gated(working, device)
 
     def _native_layer(self) -> native.PreparedLayer | None:
-        """Return the layer as it is now, laid out for the C kernel; None where that can't serve."""
+        """Return the layer laid out for the C kernel; None where the kernel cannot be used."""
         gate = self.gate
         tensors = self._packed.tensors if gate is None else (*self._packed.tensors, *gate.tensors())
         stamp = tensor_versions(tensors)

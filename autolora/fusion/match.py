@@ -1,4 +1,4 @@
-"""Which layers of a model an adapter is for."""
+"""Matches adapters to the layers of a model."""
 
 from __future__ import annotations
 

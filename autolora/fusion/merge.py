@@ -6,9 +6,8 @@ For a weight ``W [out, in]`` stored in some floating-point type and adapters of 
 
 is computed in float32 (float64 for float64 weights) and rounded once, to the nearest value of the
 type that the weight is stored in. A delta that depends on the weight (DoRA) sees ``W`` without the
-other adapters. The module's class does not matter, only that ``weight`` is a plain tensor.
-
-The tensors that a merge changes, and whether anything can be added to them.
+other adapters. Biases and normalization weights are merged alike. The module's class does not
+matter, only that ``weight`` is a plain tensor.
 """
 
 from __future__ import annotations

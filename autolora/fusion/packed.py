@@ -13,14 +13,10 @@ columns of ``B`` less their mean over the channels, it takes no pass over the ch
 which is exact. `PreparedFactors` holds ``A``, ``B_c``, ``mean(B)`` and ``C`` of one adapter,
 whatever its strength; `UpProjections` pack those of a layer's adapters one after the other.
 
-What the gate needs of an adapter's factors, kept for as long as the factors themselves live.
-
-An adapter that is detached and attached again, by way of `autolora.lora.pool` for instance,
-brings the same tensors along; what was computed of them then need not be computed again. Only what
-lives on the device of the factors is kept: copies on an accelerator of factors in the machine's
-memory would fill it up unseen.
-
-What one layer keeps of its adapters between calls.
+What is derived of an adapter's factors is kept for as long as the factors themselves live: an
+adapter that is detached and attached again, by way of `autolora.lora.pool` for instance, brings the
+same tensors along. Only what lives on the device of the factors is kept, as copies on an
+accelerator of factors in the machine's memory would fill it up unseen.
 """
 
 from __future__ import annotations

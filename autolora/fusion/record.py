@@ -1,4 +1,4 @@
-"""How much each adapter spoke."""
+"""Mean gate activation per adapter, layer and step."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Puts chosen adapters into the base model: until they are detached, or for one picture.
+"""Puts the chosen adapters into the base model, until they are detached or for one picture.
 
-Sentences about how exactly adapters act, for the notes of a report.
+Notes on approximation and rounding error go into the picture's report.
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ class Attachments:
         """Let adapters act for the length of a ``with`` block; afterwards all is as before.
 
         Args:
-            chosen: All that shall act.
+            chosen: All that should act.
             strategy: How they are fused.
             notes: What a user should know is added here.
             text_encoders: Whether they also act on the text encoders.

@@ -1,7 +1,7 @@
 """The workflow that ComfyUI writes into pictures, read as far as it says how one was made.
 
 It stands in the chunk ``prompt``: a JSON object of nodes by id, each with its ``class_type`` and
-its ``inputs``, which are values or links ``[node, output]``. What a picture hangs on is followed
+its ``inputs``, which are values or links ``[node, output]``. What a picture depends on is followed
 from the sampler backwards, so that nodes that lie beside it do not count. Nothing here needs torch.
 """
 
@@ -144,7 +144,7 @@ class _Graph:
         return None
 
     def before(self, names: Iterable[str]) -> list[str]:
-        """Nodes with all that they hang on, nearest first."""
+        """Nodes with all that they depend on, nearest first."""
         found = dict.fromkeys(names)
         pending = list(found)
         while pending:

@@ -443,7 +443,7 @@ def match_loras(
     Args:
         loras: What the picture names.
         pool: The pool; None has nothing.
-        notes: Told what is not the same.
+        notes: Receives what is not the same.
 
     Returns:
         What there is, each once, and the names of what is missing.

@@ -1,10 +1,7 @@
-"""Chooses and checks everything for a picture, so that only the drawing is left.
+"""Plans a picture: which adapters take part and why, and everything else that its report says.
 
-Which adapters take part in a picture, at which strength, and why.
-
-A picture that is planned: what takes part, and what the report says before it is made.
-
-What a user should know of a picture before it is made: things that quietly have no effect.
+All that can go wrong is checked here, so that only drawing is left. Notes tell the user what
+quietly has no effect.
 """
 
 from __future__ import annotations
@@ -61,7 +58,7 @@ class Pick:
     """An adapter that a picture is going to take, before its file is read.
 
     Attributes:
-        unit: What is asked of it.
+        unit: Its strength, steps and layers.
         source: Where it comes from: a key of `WHY`.
         hit: What the search said; None where it was not asked or did not find it.
     """
@@ -88,17 +85,17 @@ def pick(
 ) -> list[Pick]:
     """Choose the adapters of a picture: for every face, while somebody types and when it is made.
 
-    A prompt's tag wins over what is asked for by name, that over the style's units, and these over
-    the base model's. What is turned off or dropped is not taken, nor found.
+    A prompt's tag wins over a LoRA that is named in the request, that over the style's units, and
+    these over the base model's. What is turned off or dropped is not taken, nor found.
 
     Args:
-        asked: What is asked for.
+        asked: The request.
         text: The prompt without tags.
         tags: What the tags ask for.
         style: The style in force.
         config: The base model's configuration.
         find: The search.
-        source: What what is asked for by name counts as: a key of `WHY`.
+        source: Where adapters that are named in the request come from: a key of `WHY`.
         resolve: Gives the pool's name for a name that somebody wrote.
 
     Returns:
@@ -123,7 +120,7 @@ def pick(
     if asked.retrieve and style.retrieve and text and room > 0:
         # Dropping one leaves its words unanswered: it is found, and passed over.
         hits = find(text, room + len(off), [entry.unit.name for entry in picks])
-        # Equally good ones in an order that does not hang on the last digits of their scores.
+        # Equally good ones in an order that does not depend on the last digits of their scores.
         hits = sorted(hits, key=lambda hit: (-round(hit.score, 3), hit.name))
         fresh = [hit for hit in hits if hit.name not in off][:room]
         picks += [Pick(_set(LoRAUnit(hit.name), asked), "found", hit) for hit in fresh]
@@ -345,7 +342,7 @@ def made_for(base_model: str) -> str | None:
 
 
 def base_notes(base: Any, request: Request, chosen: Sequence[Chosen], prompt: str) -> list[str]:
-    """Say how the base model was loaded, and what of a request it does not heed.
+    """Say how the base model was loaded, and what of a request it ignores.
 
     Args:
         base: The DiffSynth pipeline.
@@ -447,7 +444,7 @@ class Planner:
         """Plan a picture.
 
         Args:
-            asked: What is asked for.
+            asked: The request.
             style: The style in force.
             picks: The adapters, where they have been chosen; None chooses them.
 

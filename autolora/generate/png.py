@@ -1,4 +1,4 @@
-"""PNG files with text in them, written whole or not at all. Nothing here needs torch."""
+"""Writes PNG files with text in them, whole or not at all. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_png_name(path: Path) -> Path:
 
 
 def check_folder(path: Path) -> None:
-    """Make sure that a file can be written, as far as that can be told before it is.
+    """Make sure that a file can be written, as far as that can be known before.
 
     Args:
         path: The file; folders on the way to it may be missing.

@@ -12,7 +12,7 @@ prompts' words, ``M = (C + ridge I)^(-1/4)``, as the response encoder does: with
 in which all words are large drown the others.
 
 That the norm of a LoRA's output in one forward pass ranks relevance is the idea of LoGo (arXiv
-2511.07129) for language models. The layer's inputs hang on the prompt alone, not on the picture,
+2511.07129) for language models. The layer's inputs depend on the prompt alone, not on the picture,
 and are there before the first attention is computed: a prompt costs its text encoding.
 
 Shape legend: T tokens, r rank, ``in`` channels.
@@ -91,7 +91,7 @@ class Whitening:
 
 
 class Relevance:
-    """Relevance of adapters in one base model; what does not hang on the prompt is kept.
+    """Relevance of adapters in one base model; what does not depend on the prompt is kept.
 
     Args:
         pipe: The DiffSynth pipeline; what is attached to it neither matters nor changes.
@@ -258,7 +258,7 @@ def _read_factor(lora: LoRA, layer: str) -> Tensor | None:
         return None
     try:
         A, B = lora.leading_factors(layer, _RANK)
-    except AutoLoRAError:  # such as DoRA, whose delta hangs on the base weight
+    except AutoLoRAError:  # such as DoRA, whose delta depends on the base weight
         return None
     factor = torch.linalg.qr(B.double(), mode="r").R @ A.double()
     norm = factor.norm()
@@ -270,7 +270,7 @@ def _responses(read: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _read_states(file: Path | None, count: int) -> list[Tensor] | None:
-    """States that were kept; None where there are none that can be used."""
+    """Cached states; None if they cannot be used."""
     from safetensors.torch import load_file
 
     if file is None or not file.is_file():

@@ -1,12 +1,12 @@
-"""What a generation gives back: the picture, and the facts about how it was made.
+"""The result of a generation: the picture, and the report of how it was made.
 
-The facts travel with the picture, in two PNG text chunks: ``parameters``, as A1111 writes it, so
+The report travels with the picture in two PNG text chunks: ``parameters``, as A1111 writes it, so
 that other programs can read prompt and LoRAs, and ``autolora``, the report as JSON, from which
 `autolora.generate.reproduce` makes the picture again. Nothing here needs torch.
 
-LoRAs stand twice in `parameters`: as ``<lora:name:strength>`` after the prompt, and with hashes in
-the setting ``Lora hashes``: 12 digits of the SHA-256 of a safetensors file's data, which stays the
-same when somebody edits its header, and which Civitai knows as AutoV3.
+LoRAs appear twice in ``parameters``: as ``<lora:name:strength>`` after the prompt, and with hashes
+in the setting ``Lora hashes``: 12 digits of the SHA-256 of a safetensors file's data, which stays
+the same when somebody edits its header, and which Civitai knows as AutoV3.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class UsedAdapter:
 
 @dataclass
 class BaseModel:
-    """What the base model's part of a picture hangs on.
+    """Identity of the base model: everything its output depends on.
 
     Attributes:
         kind: Family of the base model.
@@ -178,7 +178,7 @@ class Report:
     Attributes:
         prompt: The prompt as it was typed.
         used_prompt: What the model read: without tags, with trigger words.
-        negative_prompt: What the picture shall not show.
+        negative_prompt: What the picture should not show.
         model: Name of the base model's configuration.
         strategy: How the adapters were fused.
         seed: Seed of the noise.
@@ -191,7 +191,7 @@ class Report:
             `guidance` itself is classifier-free.
         text_encoders: Whether the adapters' text encoder parts were applied.
         batch: Seeds of the pictures that were drawn at once, this one's among them, in order: its
-            last bits hang on them. Empty where it was drawn alone.
+            last bits depend on them. Empty where it was drawn alone.
         adapters: What took part, in order.
         base: What the base model was.
         notes: What a user should know, one sentence each, such as files that were left out.

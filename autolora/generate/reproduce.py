@@ -1,15 +1,9 @@
 """Makes a picture again from the report inside it.
 
-What a picture hangs on is compared first: a LoRA that is gone or has other bytes, or another base
-model, would silently give another picture. Programs of other versions and another machine may
-change a picture's last bits, which is only worth a note.
-
-What the base model and the adapters of a picture were, so that another one is noticed.
-
-A file is known by its content. Checkpoints of many gigabytes are known by samples of it: reading
-them whole would take longer than the picture.
-
-Versions of the programs that make a picture.
+Everything that its bytes depend on is compared first. A missing or changed LoRA, or another base
+model, would silently give another picture and is an error; other program versions or another
+machine may change the last bits, which is a note. Files are known by their content; of checkpoints
+of many gigabytes samples are hashed, as reading them whole would take longer than the picture.
 """
 
 from __future__ import annotations
@@ -53,7 +47,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def identify_base(config: PipelineConfig) -> BaseModel:
-    """Say what a picture of this base model hangs on.
+    """Return the identity of this base model.
 
     Args:
         config: Its configuration.
@@ -230,7 +224,7 @@ def load_report(path: str | Path) -> Report:
         path: A PNG file.
 
     Raises:
-        GenerationError: It is no picture, was made by another program, or its report is damaged.
+        GenerationError: It is not a picture, not one of ours, or its report is damaged.
     """
     texts = read_texts(path)
     if CHUNK not in texts and read_found(texts) is not None:
@@ -286,7 +280,7 @@ def check(
         brought: Names of LoRAs that come from files of their own, whatever the pool has.
 
     Returns:
-        Notes on what differs nevertheless.
+        Notes on what differs all the same.
 
     Raises:
         GenerationError: A LoRA is missing; or something else would give another picture and
@@ -349,7 +343,7 @@ def repeat_options(report: Report, pool: Callable[[], Pool]) -> dict[str, Any]:
     Args:
         report: The picture's; its ``used_prompt``, escaped, is the prompt to call with.
         pool: Gives the pool where the adapters are. One that has another name there takes part
-            under its old one, as the last bits of a picture hang on the order of the names.
+            under its old one, as a picture's last bits depend on the order of names.
     """
     # A picture without adapters needs no pool.
     located = locate_adapters(report, pool()) if report.adapters else []
@@ -416,7 +410,7 @@ def restore_facts(report: Report, recorded: Report, notes: list[str]) -> Report:
 def repeat(path: str | Path, pipe: Pipeline, force: bool = False, **options: Any) -> Output:
     """Make a picture again, on the same machine to the byte.
 
-    One that was drawn in a batch is drawn in that batch again, as its last bits hang on it.
+    One that was drawn in a batch is drawn in that batch again, as its last bits depend on it.
 
     Args:
         path: A PNG file that AutoLoRA wrote.
@@ -428,7 +422,7 @@ def repeat(path: str | Path, pipe: Pipeline, force: bool = False, **options: Any
         The picture; its report is the first one's, but for what differs.
 
     Raises:
-        GenerationError: The file is no picture of AutoLoRA, or something differs.
+        GenerationError: The file is not a picture of AutoLoRA, or something differs.
     """
     recorded = load_report(path)
     notes = check(recorded, pipe, force)

@@ -443,8 +443,8 @@ class _Watcher:
     needs: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        # The decoder stays beside the denoiser while there are previews: it is small, and
-        # fetching it would send the denoiser away.
+        # The decoder stays on the device while there are previews: it is small, and onloading it
+        # each time would evict the denoiser.
         extra = () if self.watch.preview is None else (self.family.decoder,)
         self.needs = (*self.pipe.in_iteration_models, *extra)
 
@@ -504,7 +504,7 @@ def make_pictures(
         plan: What was planned; its report is copied for each picture.
         acting: A context in which the adapters are in force; it gives what was attached.
         seeds: Seeds of the noises.
-        watch: Who is told of steps and shown previews.
+        watch: Progress and preview callbacks.
         batch: Pictures to draw at once. More than 1 is faster where a single picture does not
             keep the device busy, but rounding then differs by a grey level here and there.
         drawn: Given every picture as soon as its batch is decoded; what it raises ends the call.
@@ -532,8 +532,8 @@ def make_pictures(
             with _recording(base, plan) as records:
                 latents, seconds = denoise_latents(conditions, group, here)
             waiting.append(_Group(group, latents, seconds, records))
-            # Where nobody waits for single pictures, all are decoded after the last step: a
-            # decoder that is fetched sends an offloaded transformer away.
+            # Where nobody waits for single pictures, all are decoded after the last step:
+            # onloading the autoencoder evicts an offloaded denoiser.
             if drawn is not None or number == len(groups) - 1:
                 for output in _decoded(base, plan, waiting, conditions, layers):
                     (drawn or outputs.append)(output)

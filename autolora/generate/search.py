@@ -124,7 +124,7 @@ class PoolSearch:
 
         Args:
             rebuild: Encode every file again.
-            progress: Told of every file.
+            progress: Called for every file.
 
         Returns:
             The index and what was done.

@@ -1,14 +1,12 @@
-"""Adding LoRA files to a pool: checked, copied whole with what belongs to them, or not at all.
+"""Adds LoRA files to a pool: checked, copied whole with the files beside them, or not at all.
 
 Everything is made in a hidden folder of the pool first, so that a file appears in the pool only
 when it is complete, has the bytes of its source and can be loaded.
 
-Reading pickles (.pt, .ckpt, .bin) when a user insists, to turn them into safetensors.
-
-A pickle is a program: opening one can do anything. They are read only on request, only through
-``torch.load(weights_only=True)``, which runs no code of the file in torch 2.6 and later
-(https://github.com/advisories/GHSA-53q9-r3pm-6pq6), and only when they hold plain tensors that are
-really in the file.
+Pickles (.pt, .ckpt, .bin) are converted on request. A pickle is a program, and opening one can do
+anything; they are read only through ``torch.load(weights_only=True)``, which runs no code of the
+file in torch 2.6 and later (https://github.com/advisories/GHSA-53q9-r3pm-6pq6), and only when they
+hold plain tensors that are really in the file.
 """
 
 import contextlib

@@ -1,18 +1,13 @@
-"""Finding the same LoRA under two names: copies, other headers, other formats, other precisions.
+"""Checks LoRA files: whether each can be used, and which of them are the same LoRA.
 
-What counts is what a file changes (`Fingerprint`), not its bytes.
-
-A few numbers that say what a LoRA changes, so that the same one is known in any format.
-
-Each number is a bilinear form of the weight changes, ``sum over layers of c · uᵀ Δ v`` with fixed
-random vectors ``u [out]``, ``v [in]`` and a random weight ``c`` of the layer. That is linear in the
-change: the order of keys, the split of fused layers, the split of a product into factors and the
-place of alpha do not matter, and no dense matrix is needed (``uᵀ B A v`` costs two products with a
-vector). Over the random vectors, the squared distance of two fingerprints is on average that of the
-changes (a random projection, https://doi.org/10.1090/conm/026/737400), so that their relative
+Two files are the same if they change the same (`Fingerprint`), whatever their headers, formats or
+precisions. A fingerprint is a few numbers, each a bilinear form of the weight changes, ``sum over
+layers of c · uᵀ Δ v`` with fixed random vectors ``u [out]``, ``v [in]`` and a random weight ``c``
+of the layer. It is linear in the change, so that the order of keys, split layers, split products
+and the place of alpha do not matter, and it needs no dense matrix (``uᵀ B A v`` costs two products
+with a vector). Over the random vectors, the squared distance of two fingerprints is on average that
+of the changes (a random projection, https://doi.org/10.1090/conm/026/737400); their relative
 distance estimates the relative Frobenius distance, within a third or so for eight numbers.
-
-What a LoRA file is worth: whether it can be used, what was not, and what is known about it.
 """
 
 import math

@@ -1,24 +1,7 @@
-"""Weight changes of one layer: pieces on its output rows, joined exactly.
+"""Weight changes: the kinds that adapters are made of, and how those of one layer are joined.
 
-Shapes: ``r`` is the rank of one piece, ``R`` the joined rank of a layer, ``out`` and ``in`` the
-layer's features. A piece is a change of some output rows, and with
-DoRA (https://arxiv.org/abs/2402.09353, equation 5) also their length:
-``W' = magnitude * (W + change) / norm(W + change)``, of which the delta is ``W' - W``.
-
-Programs disagree on what the norm is taken over, and the shape of the magnitudes tells:
-
-- PEFT and ai-toolkit store ``[m]`` and LyCORIS' and OneTrainer's "output axis" ``[m, 1]``: one
-  length per output row, over the inputs.
-- LyCORIS and OneTrainer by default store ``[1, n]``: one length per input column, over the outputs.
-
-All of them take the norm of the changed weight. (ComfyUI, for ``[m, 1]``, takes that of the base
-weight, which is not what was trained.)
-
-The kinds of weight change that adapters are made of.
-
-Shapes: ``r`` is the rank of a factor, ``m`` the output rows that a module of the file stands for,
-``n`` the layer's input channels. Every kind gives any of its rows in float64, so that a dense
-result is rounded once.
+Shapes: ``r`` is the rank of a factor, ``R`` the joined rank of a layer, ``m`` the output rows that
+a module of the file stands for, ``n`` its inputs, ``out`` and ``in`` the layer's features.
 
 - `LowRank`: ``scale * B @ A`` (LoRA, https://arxiv.org/abs/2106.09685, section 4.1).
 - `Kronecker`: ``scale * kron(w1, w2)`` (LoKr, https://arxiv.org/abs/2212.10650 and LyCORIS,
@@ -26,6 +9,19 @@ result is rounded once.
 - `Hadamard`: ``scale * (a1 @ b1) * (a2 @ b2)`` (FedPara, https://arxiv.org/abs/2108.06098,
   proposition 2; LyCORIS calls it LoHa).
 - `Full`: the difference itself.
+
+Every kind gives any of its rows in float64, so that a dense result is rounded once.
+
+A `Piece` is a change of some output rows, and with DoRA (https://arxiv.org/abs/2402.09353, equation
+5) also their length: ``W' = magnitude * (W + change) / norm(W + change)``, of which the delta is
+``W' - W``. Programs disagree on what the norm is taken over, and the shape of the magnitudes tells:
+
+- PEFT and ai-toolkit store ``[m]`` and LyCORIS' and OneTrainer's "output axis" ``[m, 1]``: one
+  length per output row, over the inputs.
+- LyCORIS and OneTrainer by default store ``[1, n]``: one length per input column, over the outputs.
+
+All of them take the norm of the changed weight. (ComfyUI, for ``[m, 1]``, takes that of the base
+weight, which is not what was trained.)
 """
 
 import math
@@ -44,7 +40,7 @@ ROW_BLOCK = 2048
 
 
 class Change(Protocol):
-    """What is asked of a weight change."""
+    """The interface of a weight change."""
 
     @property
     def algorithm(self) -> str:

@@ -197,7 +197,7 @@ def plain_text(text: str) -> str:
 
 
 def unique_words(words: Iterable[str]) -> list[str]:
-    """Clean words: no blanks, prompt tags or repetitions, order kept, case not told apart.
+    """Clean words: no blanks, prompt tags or repetitions, order kept, case ignored.
 
     Args:
         words: Words or phrases.

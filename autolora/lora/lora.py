@@ -1,6 +1,6 @@
 """A LoRA: weight changes by canonical layer, with its name, metadata and load report.
 
-An adapter made ready to be attached: every layer's factors, computed once.
+A `PreparedLoRA` holds the factors of every layer, computed once and ready to be attached.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ class LoRA:
             layer: Canonical layer name.
 
         Returns:
-            Float32 ``[out]``, or None when the bias stays as it is.
+            Float32 ``[out]``, or None when the bias is not changed.
         """
         return self._biases.get(layer)
 
@@ -443,7 +443,7 @@ class PreparedLoRA:
     """A LoRA in the form that un-merged fusion takes; factors are the same tensors at every call.
 
     Layers that are not low-rank (LoKr, LoHa, DoRA, full differences) are approximated, and their
-    relative errors are told.
+    relative errors are reported.
 
     Attributes:
         lora: The adapter itself.

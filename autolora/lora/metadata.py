@@ -6,12 +6,11 @@ Sources, first that has a field wins: ``<stem>.autolora.yaml`` (the user's own),
 ``<file>.rgthree-info.json`` (rgthree's ComfyUI nodes), the model card (``<stem>.README.md``, or
 ``README.md`` in a folder with one LoRA), the safetensors header (``modelspec.*``, ``ssmd_*``,
 ``ss_*``, ai-toolkit's ``name``), ``<stem>.txt``. Nothing is ever fetched, and nothing written there
-can make a LoRA unusable: what cannot be understood becomes a warning.
+can make a LoRA unusable.
 
-The fields that each kind of metadata source carries: one small parser per source.
-
-A parser takes the decoded entries and returns the fields it understands with a sentence for each
-entry it does not. Parsers never raise: people's files hold anything.
+Each kind of source has a parser, which takes the decoded entries and returns the fields it
+understands with a warning for each entry it does not. Parsers never raise: people's files hold
+anything.
 """
 
 import json

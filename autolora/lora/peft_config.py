@@ -95,7 +95,7 @@ def read_peft_config(path: Path, metadata: Mapping[str, str], part: Part = DENOI
         part: The model that it is wanted for.
 
     Returns:
-        The configuration; one of scale 1 where there is none.
+        The configuration; without one, a scale of 1.
 
     Raises:
         LoRAFormatError: It is there but cannot be understood, so that the strength is unknown.

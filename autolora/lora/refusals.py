@@ -10,7 +10,7 @@ STRAY: Mapping[str, str] = {
     "magnitude": "DoRA magnitude of a layer that has no LoRA factors in the file",
     "bias": "bias of a layer that has no LoRA factors in the file",
 }
-"""Why a key that only goes with factors is dropped where there are none, by role."""
+"""Why a key that only goes with factors is dropped without them, by role."""
 AGAIN = "the same change again under another name"
 UNKNOWN = "unknown name: no {model} layer is called so"
 

@@ -88,7 +88,7 @@ def explain_away(log_odds: Tensor, known: Tensor) -> Tensor:
     Args:
         log_odds: ``[..., n]`` of texts, in nats.
         known: ``[n]``, the highest that each LoRA reaches for a concept that the encoders were
-            fitted to; minus infinity leaves it as it is.
+            fitted to; minus infinity changes nothing.
 
     Returns:
         ``[..., n]``, at most `log_odds`.

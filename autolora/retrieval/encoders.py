@@ -1,42 +1,28 @@
-"""The trained LoRA encoder: a small transformer over weight tokens and portrait tokens.
+"""Encoders that turn a LoRA's features into vectors that can be compared with texts.
 
-Each layer is a token, as in the paper; so is each setting's portrait. Either kind may be absent.
-Missing layers are masked, not zeroed, and strength enters apart from direction. The text side is
-a frozen encoder with a small trained head.
+`LoRAEncoder` is a small transformer with a token for each layer, as in the paper, and one for each
+portrait setting. Either kind may be absent; missing layers are masked, not zeroed, and strength
+enters apart from direction. The text side is a frozen encoder with a small trained head.
 
-Shape legend: n LoRAs, L layers, S portrait settings, W width, D text dimensions, E output.
+`RidgeEncoder` is the same in closed form: on a few hundred LoRAs a deep encoder memorizes its pool,
+and regressing the mean caption vector on principal components, with one number to choose, carries
+over better. `TextHead` whitens text vectors by the covariance within LoRAs (linear discriminant
+analysis): captions of one LoRA differ in background colours and phrasing, which say nothing about
+it.
 
-Responses: how strongly a LoRA's text-side deltas answer to a text.
+`ResponseEncoder` needs no training on LoRAs. By the chain rule, every step of training adds to a
+delta products whose input side is the activations of the captions, so the row space of a delta that
+reads the text stream holds the directions of its training captions. The response of a delta ``BA``
+to the activation ``x`` of a text has the energy ``|B A x|^2 = <x x^T, A^T B^T B A>``: an inner
+product of something of the text and something of the LoRA, which an index can search. Activations
+are taken relative to their mean over texts and along their principal directions, half whitened,
+with the mean's own direction added (its cross terms carry the sign); these are the queries that go
+through the delta. A ridge regression predicts them from the text encoder's sentence vector, so that
+the base model is needed only for fitting. From there queries and text map are trained by the
+contrastive loss.
 
-A LoRA is trained with captions. By the chain rule every step adds to its delta products whose
-input side is the activations of those captions, so the row space of a delta that reads the text
-stream holds the directions of its training captions. The response of delta ``BA`` to the
-activation ``x`` of a text has the energy ``|B A x|^2 = <x x^T, A^T B^T B A>``: an inner product of
-something of the text and something of the LoRA, which an index can search. It needs no training on
-LoRAs, and what training adds carries over to concepts that no training LoRA had.
-
-Activations are taken relative to their mean over texts and along their principal directions, half
-whitened, with the mean's own direction added (its cross terms carry the sign): these are the
-queries that go through the delta. A ridge regression predicts the activations from the text
-encoder's sentence vector, so that the base model is needed only for fitting. From there queries
-and text map are trained by the contrastive loss.
-
-Shape legend: n LoRAs, T texts, L layers, r rank, m queries, v = m (m + 1) / 2, D text dimensions.
-
-A closed-form linear head for text vectors.
-
-Captions of one LoRA differ in background colours and phrasing, which say nothing about the LoRA.
-Whitening by the covariance within LoRAs (linear discriminant analysis) makes these differences
-small beside those between LoRAs, with no training and no more parameters than a matrix.
-
-Shape legend: n texts, D text dimensions, E output dimensions.
-
-A LoRA encoder in closed form: ridge regression from fixed features to whitened text vectors.
-
-On a few hundred LoRAs a deep encoder memorises its pool. Regressing the mean caption vector from
-principal components has one number to choose, the ridge, and carries over better.
-
-Shape legend: n LoRAs, F features, k components, E text dimensions after the head.
+Shape legend: n LoRAs, T texts, L layers, S portrait settings, r rank, m queries,
+v = m (m + 1) / 2, F features, k components, W width, D text dimensions, E output dimensions.
 """
 
 from __future__ import annotations
@@ -510,7 +496,7 @@ class LoRAEncoder(nn.Module):
         mask = weights.mask[..., None].float()
         strength = weights.strength[..., None]
         overall = (strength * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
-        # The profile over the layers and the overall level are told apart: the level follows from
+        # The profile over the layers and the overall level are separated: the level follows from
         # the alpha that a trainer happened to use.
         levels = torch.cat([strength - overall, overall.expand_as(strength)], -1) * mask
         x = self.weight_in(self.drop(weights.features)) + self.strength_in(levels)
@@ -543,7 +529,7 @@ class LoRAEncoder(nn.Module):
         """Make an untrained encoder with the sizes of its inputs.
 
         Args:
-            inputs: Some LoRAs with the parts that it shall use.
+            inputs: Some LoRAs with the parts that it should use.
             portrait: Shape of the portraits, None without them.
             text_dim: D.
             sizes: Further fields of `EncoderConfig`.

@@ -1,32 +1,25 @@
-"""Inputs of the encoders, and their flat form for linear ones.
+"""Features of a LoRA for the encoders: weight tokens, portraits, and both as one flat vector.
 
-Shape legend: n LoRAs, F features.
-
-Weight tokens: what a LoRA's deltas read and write, whatever factors they are stored as.
-
-Every feature of a layer is a function of the product ``B @ A`` alone, so that replacing ``B, A``
-by ``B M, M^-1 A``, or changing the rank by zero padding, gives the same token. Following the
-paper, queries go through the delta, ``R = Q A^T B^T``; from these responses two descriptions are
-taken, both of unit norm so that direction and strength are features apart:
+Weight tokens depend on the product ``B @ A`` of a layer alone, so that replacing ``B, A`` by
+``B M, M^-1 A``, or padding the rank with zeros, gives the same token. Following the paper, queries
+go through the delta, ``R = Q A^T B^T``; two descriptions are taken of these responses, both of unit
+norm:
 
 - *write*: ``R`` sketched on the output side, ``R S / sqrt(d)``: what the delta adds;
 - *read*: the Gram matrix ``R R^T``: which inputs the delta listens to. It does not depend on the
   basis of the output. In text-side layers the row space of a trained delta holds the directions of
   its training captions, which is why this part carries over to concepts never seen in training.
 
-Strength is the logarithm of the exact Frobenius norm of ``B A``. Layers that a LoRA does not
-change are masked.
+Strength is a feature of its own, the logarithm of the exact Frobenius norm of ``B A``. Layers that
+a LoRA does not change are masked.
 
-Shape legend: n LoRAs, L layers, P probes, d sketch size, r rank.
+A portrait is what a LoRA changes in the base model's first guess of the picture,
+``delta_x0 = -sigma * (v_lora - v_base)`` for a few fixed noises and settings (noise level, neutral
+prompt); `autolora.generate.portraits` makes it. It does not depend on anything about the file. Its
+mean over noises is the direction; its strength, and how much the noises agree, are features apart.
 
-Portraits: what a LoRA does, as the change of the base model's first guess of the picture.
-
-A portrait is made elsewhere, ``delta_x0 = -sigma * (v_lora - v_base)`` for a few fixed noises and
-settings (noise level, neutral prompt); here it is a tensor. It is invariant to everything about
-the LoRA's file. Its mean over noises is the direction; how strong it is, and how much the noises
-agree, are features apart.
-
-Shape legend: n LoRAs, S settings, K noises, C latent channels, h x w latent, g grid.
+Shape legend: n LoRAs, F features, L layers, P probes, d sketch size, r rank, S settings, K noises,
+C latent channels, h x w latent, g grid.
 """
 
 from __future__ import annotations

@@ -3,15 +3,12 @@
 An index folder holds generations, each a folder of its own, and a file ``CURRENT`` that names the
 one in use. A new generation is complete before ``CURRENT`` is replaced, so a reader sees the old
 index or the new one and never a mixture, and a failure leaves the old one in place. Several
-programs may build at once; the last one to finish wins.
+programs may build at once; the last one to finish wins. An update encodes only what changed.
 
-The rows of an index: which files it knows, what they say, and their place in the vectors.
-
-Vector search with FAISS: exact for small pools, a graph or inverted lists for large ones.
+Rows hold the files that the index knows, what their metadata say, and their place in the vectors.
+Search is exact for small pools, and goes by a graph or inverted lists in large ones.
 
 Shape legend: n vectors, q queries, D dimensions, k results.
-
-Bringing an index up to date with its pool, encoding only what changed.
 """
 
 from __future__ import annotations
@@ -229,7 +226,7 @@ def sidecar_stamps(folder: Path, stems: dict[str, Path]) -> dict[str, str]:
 
     Args:
         folder: One folder.
-        stems: LoRA files of that folder by the key that the result shall have.
+        stems: LoRA files of that folder by the key that the result gets.
 
     Returns:
         Names, sizes and times of the files that start with the LoRA's stem and a dot, and of the

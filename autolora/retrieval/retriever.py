@@ -1,11 +1,10 @@
 """A trained retriever: one or more encoders, their probes, calibration and provenance, in a file.
 
 The vectors of several encoders are joined with square-root weights, so that the dot product of
-two joined vectors is the weighted mean of the encoders' cosines and one index serves them all.
+two joined vectors is the weighted mean of the encoders' cosines and one index serves them all. The
+meaning of the file's tensors is plain data in its header.
 
 Shape legend: n LoRAs or texts, D joined dimensions.
-
-What a retriever's tensors mean, as plain data in the header of its file.
 """
 
 from __future__ import annotations

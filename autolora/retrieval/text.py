@@ -1,12 +1,10 @@
 """Text encoders: what turns captions, metadata and prompts into vectors.
 
-FLUX.1's CLIP as a `TextEncoder`, calibrated on the spot.
-
-CLIP's text vectors lie in a narrow cone: any two texts have a cosine well above zero, and what is
-near depends on the checkpoint. So the mean over a fixed list of texts is taken off, and the cosine
-at which two names mean the same thing is measured on pairs that do and pairs that merely share
-their kind, instead of being assumed. Where an encoder cannot tell the two apart, its similarities
-only order a pool and choose nothing.
+CLIP's text vectors lie in a narrow cone: any two texts have a cosine well above zero, and which
+texts are near depends on the checkpoint. So `ClipText` subtracts the mean over a fixed list of
+texts, and measures the cosine at which two names mean the same on pairs that do and on pairs that
+merely share their kind. Where an encoder cannot separate the two, its similarities order a pool and
+choose nothing.
 """
 
 from __future__ import annotations
@@ -140,7 +138,7 @@ def check_text_encoder(wanted: str, encoder: TextEncoder) -> None:
 
 BATCH = 64
 MIN_SEPARATION = 1.0
-"""Distance of the two kinds of pairs, in standard deviations, below which nothing is told apart."""
+"""Standard deviations between the two kinds of pairs, below which they count as the same."""
 
 _SAME = (
     "cat/kitty truck/lorry horse/pony ship/vessel plane/aircraft house/home boy/lad rock/boulder "
@@ -261,7 +259,7 @@ def fit_logistic(encode: Callable[[list[str]], Tensor]) -> Logistic | None:
         encode: Gives unit vectors.
 
     Returns:
-        The logistic, or None where the two kinds of pairs cannot be told apart.
+        The logistic, or None where the two kinds of pairs cannot be separated.
     """
     same, siblings = (_cosines(encode, text) for text in (_SAME, _SIBLINGS))
     near, far = float(same.mean()), float(siblings.mean())

@@ -1,1 +1,1 @@
-"""What depends on this machine alone: device, memory, storage, files of checkpoints."""
+"""What depends on this machine alone: device, memory, weight storage, checkpoint files."""

@@ -257,7 +257,7 @@ def _look_in_layout(
             if located.paths or located.missing:
                 return located
         several = several or (found if len(found) > 1 else [])
-    # Where a repository has both layouts, the single file is what is asked for.
+    # Where a repository has both layouts, the single file is wanted.
     hub = None if repository is None else HubReference(repository.id, patterns[0])
     place = root / patterns[0]
     return Located(part, place, missing=(patterns[0],), hub=hub, candidates=tuple(several))

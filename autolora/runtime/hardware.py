@@ -1,7 +1,4 @@
-"""What this machine computes with: its cards, their memory and the types that they know.
-
-Settles what a full-size model is kept in and computes in, by what the device can do.
-"""
+"""The devices of this machine, their memory, and the weight and compute types that suit them."""
 
 from __future__ import annotations
 

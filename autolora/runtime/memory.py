@@ -1,10 +1,10 @@
-"""How much memory a full-size base model needs under each option, told from its sizes.
+"""Estimates how much memory a base model needs under each option, from its sizes.
 
-Everything is an estimate of peak use while a picture is made. Weights are counted exactly. What a
-forward pass needs beside them is a multiple of the largest activations; the two multiples were set
-so that the published measurements of FLUX.1-dev at 1024 x 1024 come out (peak minus loaded size,
-and peak with idle parts offloaded, in the data set ``derekl35/diffusers-quantization-benchmarks``:
-4.5 to 4.8 GiB for the decoder, 1.2 GiB for the transformer). Nothing here needs torch.
+The estimate is of peak use while a picture is made. Weights are counted exactly. What a forward
+pass needs beside them is a multiple of the largest activations; the two multiples were set so that
+the published measurements of FLUX.1-dev at 1024 x 1024 come out (peak minus loaded size, and peak
+with idle parts offloaded, in the data set ``derekl35/diffusers-quantization-benchmarks``: 4.5 to
+4.8 GiB for the decoder, 1.2 GiB for the transformer). Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STORED_BYTES = {
 PIXELS_PER_TOKEN = 16
 TEXT_TOKENS = 512
 ADAPTER_RANK, ADAPTERS = 16, 3
-"""Adapters that are reckoned with."""
+"""Adapters assumed by the estimate."""
 TOKEN_ACTIVATIONS = 40
 """Vectors of the model's width that a token needs at the peak of a block."""
 DECODER_ACTIVATIONS = 9
@@ -71,7 +71,7 @@ class ModelSizes:
     Attributes:
         denoiser: The transformer or UNet.
         text_encoder: Weights of the first text encoder.
-        text_encoder_2: Weights of the second; 0 where there is none.
+        text_encoder_2: Weights of the second; 0 without one.
         vae: Weights of the autoencoder.
         vae_channels: Channels of the decoder's last stage, which has the picture's full size.
     """
@@ -153,7 +153,7 @@ def estimate(
 
 
 def part_bytes(parameters: int, storage: str, compute_bytes: int) -> float:
-    """Bytes of a part; biases and norms are too few to be told from linear layers."""
+    """Bytes of a part; biases and norms are few enough to be ignored."""
     return parameters * STORED_BYTES.get(storage, float(compute_bytes))
 
 

@@ -1,8 +1,8 @@
-"""Tells FLUX.1 transformers, in either layout, from what else people have lying about.
+"""Detects FLUX.1 transformer checkpoints (BFL or diffusers keys) and names other model families.
 
-Files are told apart by the names of their tensors. The names of other families are facts taken
-from their published code (diffusers' transformers, the models' own repositories); a rule needs one
-telling name and is checked in the order of the table.
+The names of other families are facts from their published code (diffusers' transformers, the
+models' own repositories). A rule needs one tensor name; rules are checked in the order of the
+table.
 """
 
 from __future__ import annotations

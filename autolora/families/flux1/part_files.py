@@ -1,4 +1,4 @@
-"""What a full-size model's files hold, by their headers. Needs neither torch nor DiffSynth."""
+"""Reads the headers of FLUX.1's files. Needs neither torch nor DiffSynth."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def load(family: Family, config: Any, device: torch.device) -> Any:
         Reader("processor", "processor", Qwen2VLProcessor.from_pretrained),
     ]
     pipe = load_family(family, config, device, COMPONENTS, readers)
-    # As DiffSynth's own loader leaves it: the loop hands it on even where there is none.
+    # As DiffSynth's own loader leaves it: the loop hands it on even when it is missing.
     pipe.blockwise_controlnet = QwenImageBlockwiseMultiControlNet([])
     load_beside(pipe, config, "blockwise_controlnet", QwenImageBlockwiseMultiControlNet)
     return pipe

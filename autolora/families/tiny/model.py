@@ -1,14 +1,9 @@
-"""The tiny FLUX transformer: DiffSynth's own FLUX blocks at small width.
+"""The tiny FLUX: DiffSynth's own FLUX blocks at small width, and a small autoencoder.
 
 Module names, forward pass (DiffSynth's ``model_fn_flux_image``) and layer layout are those of
-FLUX.1; only the sizes differ. Importing this module imports DiffSynth, which takes seconds.
-
-Sizes of the tiny FLUX.
-
-The tiny autoencoder: 8x down, 16 channels, with the call signatures of DiffSynth's FLUX VAE.
-
-Most of the work happens at a quarter of the picture's side (pixels are folded into channels
-first), which is what makes it usable on a CPU.
+FLUX.1; only the sizes differ. The autoencoder scales by 8, has 16 channels and the call signatures
+of DiffSynth's; most of its work happens at a quarter of the picture's side, with pixels folded into
+channels, which makes it usable on a CPU. Importing this module imports DiffSynth.
 
 Shape legend: B batch, H W picture sides in pixels (multiples of 8).
 """

@@ -1,1 +1,1 @@
-"""Gated fusion in one layer, once per kind of device; `gated` chooses."""
+"""Gated fusion in one layer, once per kind of device; `dispatch` chooses."""

@@ -1,25 +1,20 @@
-"""Gated fusion on a GPU: checks, buffers and launches of the Triton kernels.
+"""Gated fusion on a GPU, forward and backward, by Triton kernels.
 
-The functions have the signatures of `autolora.fusion.kernels.plain`.
+The functions have the signatures of `autolora.fusion.kernels.plain`. Arithmetic is in float32;
+products take operands of the storage type and are accumulated in float32.
 
-The forward pass.
+Shapes: ``T`` tokens, ``N`` adapters, ``R`` packed ranks, ``W`` packed rank of the widest adapter
+rounded up to a power of two, ``C`` output channels.
 
-Shapes: ``T`` tokens, ``N`` adapters, ``R`` packed ranks, ``C`` output channels.
+Forward: `statistics_kernel` reads the base output ``y`` once for its layer norm, and scales the
+down-projected input ``h`` of every adapter so that the centred up-projection has unit variance.
+`fuse_kernel` reads ``y`` again, forms each adapter's output tile by tile on the matrix units, and
+writes the result; the adapters' outputs never exist in memory. Adapters, ranks and strengths come
+from tensors, so that exchanging adapters compiles nothing.
 
-Two kernels. `statistics_kernel` reads the base output ``y`` once for its layer norm, and brings
-the down-projected input ``h`` of every adapter to the scale at which the centred up-projection has
-unit variance. `fuse_kernel` reads ``y`` a second time, forms each adapter's output tile by tile on
-the matrix units, and writes the result; the adapters' outputs never exist in memory. Adapters,
-ranks and strengths come from tensors, so that an exchange of adapters compiles nothing.
-
-All arithmetic is in float32; products take operands of the storage type, accumulated in float32.
-
-The backward pass.
-
-``G`` is the gradient of the fused output, and ``W`` the
-packed rank of the widest adapter rounded up to a power of two. The gates are computed again, tile
-by tile; the only full-size temporary is one gradient ``[T, C]``. Every sum has a fixed order: no
-atomics, so that training is repeatable to the bit.
+Backward, with ``G`` the gradient of the fused output: gates are computed again, tile by tile, and
+the only full-size temporary is one gradient ``[T, C]``. Every sum has a fixed order (no atomics),
+so that training is repeatable to the bit.
 """
 
 from __future__ import annotations

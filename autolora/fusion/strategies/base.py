@@ -137,7 +137,7 @@ class Strategy:
         """
 
     def choose(self, responses: Mapping[str, Response | None]) -> dict[str, bool]:
-        """Tell by adapter whether it shall act in a picture.
+        """Decide by adapter whether it acts in a picture.
 
         Args:
             responses: How each answers to the prompt's words; None where that cannot be known.
@@ -246,7 +246,7 @@ def strategy_names() -> tuple[str, ...]:
 
 
 def get_strategy(name: str | Strategy) -> Strategy:
-    """Return the strategy of that name; one that is made already is returned as it is.
+    """Return the strategy of that name; a strategy object is returned unchanged.
 
     Raises:
         FusionError: There is none; the message lists the choices.

@@ -20,7 +20,7 @@ class Dare(Strategy):
     """DARE (Yu et al., 2024, arXiv 2311.03099): ``sum_i s_i (M_i * dW_i) / (1 - p)``.
 
     Each entry of a change is dropped with probability ``p`` and the rest rescaled, so that the
-    expectation stays and changes meet in fewer entries. The draw hangs on the adapter's name and
+    expectation stays and changes meet in fewer entries. The draw depends on the adapter's name and
     the layer alone: pictures can be repeated, and another adapter does not change it.
     """
 
