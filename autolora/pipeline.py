@@ -139,12 +139,13 @@ class AutoLoRAPipeline:
         with self._lock:
             return self._search.search(words, k)
 
-    def choose(self, prompt: str, k: int | None = None) -> list[Hit]:
+    def choose(self, prompt: str, k: int | None = None, negative_prompt: str = "") -> list[Hit]:
         """Choose the adapters that a call with this prompt would retrieve.
 
         Args:
             prompt: What is wanted; adapters that its tags ask for are not chosen again.
             k: Most adapters in all; None is the configured number.
+            negative_prompt: What the picture shall not show; it is never chosen.
 
         Returns:
             Hits that cover the prompt; empty where nothing fits.
@@ -152,7 +153,7 @@ class AutoLoRAPipeline:
         Raises:
             AutoLoRAError: An empty prompt, or a pool or index that cannot be used.
         """
-        asked = read_request({"prompt": prompt, "top_k": k})
+        asked = read_request({"prompt": prompt, "top_k": k, "negative_prompt": negative_prompt})
         with self._lock:
             return self._planner.choose(asked)
 

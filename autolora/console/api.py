@@ -289,6 +289,7 @@ def _add_search(router: APIRouter, studio: Studio) -> None:
     def cards(body: CardsRequest) -> dict[str, Any]:
         """Say which adapters a picture would take, for a prompt that is being typed."""
         asked = {**read_desk(body.selection), "prompt": body.prompt}
+        asked["negative_prompt"] = body.negative_prompt
         plan = studio.plan(read_request(asked, ServerRequest))
         state = {"ready": studio.desk.ready, "indexing": studio.is_indexing}
         pasted = copied_parameters(body.prompt) is not None

@@ -141,20 +141,21 @@ class SearchDesk:
         if state is None or tuple(state.seen) != tuple(self._catalog.entries):
             self._stale()
 
-    def choose(self, prompt: str, k: int, taken: Collection[str]) -> list[Hit]:
+    def choose(self, prompt: str, k: int, taken: Collection[str], negative: str = "") -> list[Hit]:
         """Choose adapters as the pipeline does.
 
         Args:
             prompt: What is wanted, without tags.
             k: How many at most.
             taken: Adapters that take part anyway.
+            negative: What the picture shall not show.
         """
         from autolora.retrieval import choose
 
         state = self._state
         if state is None or k < 1 or not prompt:
             return []
-        return choose(state.searcher, prompt, k, taken=taken)
+        return choose(state.searcher, prompt, k, taken=taken, negative=negative)
 
     def search(self, prompt: str, k: int) -> list[Hit]:
         """Rank the pool for a prompt without tags, best first; copies take one place."""

@@ -270,9 +270,18 @@ def label(language: str, key: str) -> str:
 
 CHINESE: Mapping[str, str] = {
     # Why an adapter takes part (autolora.retrieval, cards)
-    'title "{}" is in the prompt': "提示词里有标题“{}”",
-    'trigger word "{}" is in the prompt': "提示词里有触发词“{}”",
-    'tag "{}" is in the prompt': "提示词里有标签“{}”",
+    'its name "{}" is in the prompt': "提示词里有它的名称“{}”",
+    '"{}" is another name of "{}"': "“{}”是“{}”的另一种叫法",
+    '"{}" is a name of the look "{}"': "“{}”就是“{}”这种风格",
+    '"{}" is a synonym of its name "{}"': "“{}”与它的名称“{}”同义",
+    '"{}" is a kind of its "{}"': "“{}”是它的“{}”的一种",
+    '"{}" is a kind of "{}"': "“{}”是“{}”的一种",
+    'its tag "{}" is in the prompt': "提示词里有它的标签“{}”",
+    'its captions say "{}"': "它的图注里常说“{}”",
+    '"{}" is a part of its name "{}"': "“{}”是它的名称“{}”的一部分",
+    '"{}" is a keyword of its "{}"': "“{}”是它的“{}”的关键词",
+    'look is close to "{}" ({}): "{}"': "风格与“{}”意思相近（{}）：“{}”",
+    'phrase is close to "{}" ({}): "{}"': "图注常用语与“{}”意思相近（{}）：“{}”",
     'title is close to "{}" ({}): "{}"': "标题与“{}”意思相近（{}）：“{}”",
     'trigger is close to "{}" ({}): "{}"': "触发词与“{}”意思相近（{}）：“{}”",
     'tag is close to "{}" ({}): "{}"': "标签与“{}”意思相近（{}）：“{}”",

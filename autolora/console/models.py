@@ -265,6 +265,7 @@ class CardsRequest(BaseModel):
 
     prompt: str = ""
     selection: dict[str, Any] = Field(default_factory=dict)
+    negative_prompt: str = Field("", description="What the picture shall not show.")
 
 
 class PictureAnswer(BaseModel):

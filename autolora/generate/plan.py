@@ -19,7 +19,7 @@ from autolora.errors import GenerationError, LoRAFormatError, PoolError, shown
 from autolora.generate.active_adapters import Attachments, Chosen
 from autolora.generate.report import Report
 from autolora.generate.reproduce import identify_base, program_versions
-from autolora.generate.search import PoolSearch
+from autolora.generate.search import PoolSearch, in_english
 from autolora.lora import Pool
 from autolora.lora.metadata import recommended_strength
 from autolora.prompt_syntax import add_triggers, has_phrase, parse_prompt
@@ -38,8 +38,8 @@ MAX_TRIGGERS = 3
 MAX_NOTES = 5
 
 
-Find = Callable[[str, int, Collection[str]], "list[Hit]"]
-"""Searches: words, how many at most, and the names of what takes part anyway."""
+Find = Callable[[str, int, Collection[str], str], "list[Hit]"]
+"""Searches: words, how many at most, the names of what takes part anyway, the negative prompt."""
 
 WHY = {
     "prompt": "asked for",
@@ -119,7 +119,9 @@ def pick(
     room = top_k - len(picks)
     if asked.retrieve and style.retrieve and text and room > 0:
         # Dropping one leaves its words unanswered: it is found, and passed over.
-        hits = find(text, room + len(off), [entry.unit.name for entry in picks])
+        taken = [entry.unit.name for entry in picks]
+        negative = ", ".join(filter(None, (asked.negative_prompt.strip(), style.negative_prompt)))
+        hits = find(text, room + len(off), taken, negative)
         # Equally good ones in an order that does not depend on the last digits of their scores.
         hits = sorted(hits, key=lambda hit: (-round(hit.score, 3), hit.name))
         fresh = [hit for hit in hits if hit.name not in off][:room]
@@ -464,6 +466,7 @@ class Planner:
         uses_gates = strategy.uses_gates
         notes: list[str] = []
         clock = Clock()
+        english = in_english(self._config, request.prompt, notes)
         if picks is None:
             picks = pick(
                 asked,
@@ -488,7 +491,7 @@ class Planner:
             sources = {entry.unit.name: entry.source for entry in picks}
             chosen = self._judge(strategy, request.prompt, chosen, sources, asked.strategy)
         clock.mark("load")
-        text = with_triggers(request.prompt, chosen) if asked.use_triggers else request.prompt
+        text = with_triggers(english, chosen) if asked.use_triggers else english
         if not text:
             raise GenerationError("The prompt has nothing but LoRA tags; add a few words to it.")
         notes += [*request.notes, *base_notes(base, request, chosen, text)]
@@ -558,10 +561,10 @@ class Planner:
     def _find(self, notes: list[str]) -> Find:
         """The search, which also notes what it left out; nothing while adapters stay attached."""
 
-        def find(text: str, k: int, taken: Collection[str]) -> list[Hit]:
+        def find(text: str, k: int, taken: Collection[str], negative: str) -> list[Hit]:
             if self._attachments.chosen:
                 return []
-            hits = self._search().choose(text, k, taken)
+            hits = self._search().choose(text, k, taken, negative)
             notes.extend(left_out_notes(self._search().open().report.left_out, self._pool().folder))
             return hits
 

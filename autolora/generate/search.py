@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.config import PipelineConfig
-from autolora.errors import ConfigError
+from autolora.errors import ConfigError, GenerationError
 from autolora.families.headers import model_sizes
 from autolora.families.registry import find_family
 from autolora.runtime.checkpoints import locate, locate_part
@@ -98,13 +98,18 @@ class PoolSearch:
         """Rank the pool for a prompt, best first; copies of one file take one place."""
         return rank(self.open().searcher, prompt, k)
 
-    def choose(self, prompt: str, k: int, taken: Collection[str] = ()) -> list[Hit]:
-        """Choose adapters that cover a prompt beside those that are taken anyway."""
+    def choose(
+        self, prompt: str, k: int, taken: Collection[str] = (), negative: str = ""
+    ) -> list[Hit]:
+        """Choose adapters that cover a prompt beside those that are taken anyway.
+
+        What the prompt or the negative prompt asks to leave out is not among them.
+        """
         from autolora.retrieval import choose
 
         if k < 1:
             return []
-        return choose(self.open().searcher, prompt, k, taken=taken)
+        return choose(self.open().searcher, prompt, k, taken=taken, negative=negative)
 
     def open(self, progress: Progress | None = None) -> IndexState:
         """Return the index, brought up to date where files of the pool changed.
@@ -236,6 +241,29 @@ class PoolSearch:
             made_with += [_stamp(self.config), str(self.config.portrait)]
         digest = hashlib.sha256("\n".join(made_with).encode()).hexdigest()
         return Provenance(digest, retriever.dim, text.name, text.dim)
+
+
+def in_english(config: PipelineConfig, prompt: str, notes: list[str]) -> str:
+    """A prompt as the embedded model's text encoder can read it.
+
+    Args:
+        config: The base model; the encoders of checkpoints are left to read what they can.
+        prompt: In any language.
+        notes: Given a sentence about words that are not understood, in the prompt's language.
+
+    Raises:
+        GenerationError: Nothing of the prompt is understood.
+    """
+    from autolora.retrieval.languages import understand
+
+    if find_family(config.kind).packaged is None or not prompt:
+        return prompt
+    understood = understand(prompt)
+    if understood.problem and not understood.text:
+        raise GenerationError(understood.problem)
+    if understood.problem:
+        notes.append(understood.problem)
+    return understood.text
 
 
 def shipped_encoder(config: PipelineConfig) -> Path | None:

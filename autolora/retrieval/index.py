@@ -20,6 +20,7 @@ import shutil
 import sqlite3
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, astuple, dataclass, field, replace
@@ -34,6 +35,8 @@ from torch import Tensor
 
 from autolora.errors import AutoLoRAError, RetrievalError, shown
 from autolora.lora.metadata import Metadata
+from autolora.retrieval.lexicon import lexicon
+from autolora.retrieval.prompt_terms import read_words
 from autolora.safetensors_io import file_sha256
 
 if TYPE_CHECKING:
@@ -43,6 +46,11 @@ if TYPE_CHECKING:
 
 MAX_ROWS_PER_LORA = 24
 _CAPTION_LIMIT = 32
+_MOST_CAPTIONS = 0.6
+_MOST_PHRASES = 3
+_LAST = frozenset(
+    {"style", "drawing", "painting", "picture", "image", "photo", "background", "backdrop"}
+)
 _SCHEMA = """
 CREATE TABLE provenance (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE loras (
@@ -143,10 +151,38 @@ def metadata_texts(metadata: Metadata) -> list[tuple[str, str]]:
     if description := _one_line(metadata.description):
         found.append(("description", description[:400]))
     found = [pair for pair in dict.fromkeys(found) if pair[1]][: MAX_ROWS_PER_LORA - 1]
+    style = lexicon().style(title)
+    if style is not None:
+        found += [("look", look) for look in lexicon().looks(style)]
     captions = [_one_line(caption) for caption in metadata.captions[:_CAPTION_LIMIT]]
+    found += [("phrase", phrase) for phrase in common_phrases(captions)]
     if captions := [caption for caption in captions if caption]:
         found.append(("captions", "\n".join(captions)))
     return found
+
+
+def common_phrases(captions: Sequence[str]) -> list[str]:
+    """What most captions of a LoRA speak of: its name, where nobody tells it.
+
+    Args:
+        captions: Captions of one LoRA.
+
+    Returns:
+        Runs of one to three words, lemmas in lower case, the longest of each.
+    """
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        words = read_words(caption)
+        places = ((i, j) for i in range(len(words)) for j in range(i + 1, i + 4))
+        runs = [words[i:j] for i, j in places if j <= len(words)]
+        said = [run for run in runs if all(word.role != "stop" for word in run)]
+        # "style" and "drawing" alone are nothing; "pop art" is, with its last word.
+        told = [run for run in said if run[0].role == "content" and run[-1].stem not in _LAST]
+        counts.update({" ".join(word.stem for word in run) for run in told})
+    least = max(2, _MOST_CAPTIONS * len(captions))
+    common = [phrase for phrase, count in counts.items() if count >= least]
+    inside = {p for p in common for q in common if p != q and f" {p} " in f" {q} "}
+    return [phrase for phrase in common if phrase not in inside][:_MOST_PHRASES]
 
 
 def _one_line(text: str) -> str:
@@ -377,7 +413,7 @@ def read_vectors(path: Path) -> Any:
         ) from error
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Channel = Literal["weights", "texts"]
 _CURRENT = "CURRENT"
 _LOCK_SECONDS = 60.0

@@ -1,65 +1,73 @@
-"""Ranking a pool for a prompt, with the reasons.
+"""Ranking a pool for a prompt and choosing a set from it, with the reasons.
 
-Three channels look at each concept of the prompt and at the prompt as a whole: *words* (metadata
-that stands in the prompt), *texts* (metadata near in meaning) and *weights* (the trained encoder).
-Each gives probabilities; a LoRA's score is that at least one channel is right,
-``1 - prod(1 - p)``. Ties and scores that say nothing are ordered by reciprocal rank fusion of the
-channels (Cormack et al. 2009), averaged over the channels in which a LoRA can be found at all, so
-that one without metadata is not ranked below others for lack of a channel.
+Three channels look at each run of words of the prompt: *words* (names that stand in it, or hang
+together with it), *texts* (metadata near in meaning) and *weights* (the trained encoder). One
+logistic regression (`autolora.retrieval.relevance`) makes of them the probability that a LoRA is
+what the run asks for; of a LoRA without metadata only the encoder speaks. A LoRA's score is the
+highest over all runs.
 
-Shape legend: q concepts, n candidates, D dimensions.
+A set answers each word once: LoRAs are taken greedily by how much they add (the greedy algorithm
+for weighted set cover), and what a chosen one answers is done, so near-duplicates add nothing.
+What the prompt asks to leave out is never taken. Where nothing is likely enough, nothing is chosen.
 
-Choosing a set of LoRAs that covers a prompt, not the best ones for the same thing.
-
-Each word that names something is to be answered once. A LoRA answers a word as well as its best
-evidence for a concept that holds the word; evidence for a run of words is shared out by how well
-the single words fit, so that an elephant does not answer "neon" because "neon elephant" is near to
-it. LoRAs are then taken greedily by how much they add (the greedy algorithm for weighted set
-cover); a word that a chosen one answers well enough is done, so near-duplicates add nothing. Where
-nothing is likely enough, nothing is chosen.
+Shape legend: q runs of words, n candidates, D dimensions, F features.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from autolora.errors import RetrievalError, shown
-from autolora.retrieval.index import PoolIndex
-from autolora.retrieval.prompt_terms import (
-    Concept,
-    Match,
-    Word,
-    WordIndex,
-    find_concepts,
-    read_words,
+from autolora.retrieval.index import PoolIndex, TextRow
+from autolora.retrieval.languages import Understood, understand
+from autolora.retrieval.lexicon import lexicon
+from autolora.retrieval.names import Match, NameIndex
+from autolora.retrieval.prompt_terms import MAX_RUN, Concept, Word, find_concepts, read_words
+from autolora.retrieval.relevance import (
+    COSINE_FLOOR,
+    FEATURES,
+    TEXTS,
+    WORDS,
+    cosine_feature,
+    learned,
+    probability,
+    vector,
 )
 from autolora.retrieval.retriever import Retriever
 from autolora.retrieval.text import TextEncoder, check_text_encoder
 
-RRF_K = 60
 CANDIDATES = 64
-_TEXT_LOGISTIC: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "title": (0.74, 18.0),
-        "trigger": (0.74, 18.0),
-        "tag": (0.80, 18.0),
-        "captions": (0.80, 18.0),
-        "description": (0.80, 18.0),
-    }
-)
-"""Cosine at which a piece of metadata is as likely meant as not, and the slope there.
-
-Set so that names which share only a kind ("sailboat" and "canoe", 0.66; "elephant" and "mammoth",
-0.58 in MiniLM) do not count and synonyms ("kitty" and "cat", 0.84) do.
-"""
-_TEXT_CERTAINTY = 0.94
-"""However near in meaning, it is less certain than words that stand in the prompt."""
+THRESHOLD = 0.5
+"""Probability from which a LoRA is taken."""
+NEAR_DUPLICATE = 0.985
+MINILM = (0.74, 18.0)
+"""Cosine of MiniLM at which two names mean the same as likely as not, and the slope there: the
+scale to which cosines of other encoders are brought."""
+_WEIGHTS_FLOOR = 3.0
+"""Log-odds below the encoder's threshold from which it has nothing to say about named LoRAs."""
+SHORT, LONG = 8, 32
+"""Content words of a prompt that is short, and of one that is as long as any."""
+LARGEST_LEAD = 0.3
+"""Difference of two cosines that leaves no doubt about which one is meant."""
+_EXPLAINED = 0.25
+"""Probability of a single word from which it, and not its neighbours, is why a run is near."""
+_SAID = {
+    "name": "its name {1} is in the prompt",
+    "alias": "{0} is another name of {1}",
+    "style": "{0} is a name of the look {1}",
+    "synonym": "{0} is a synonym of its name {1}",
+    "member": "{0} is a kind of its {1}",
+    "kind": "{1} is a kind of {0}",
+    "tag": "its tag {1} is in the prompt",
+    "phrase": "its captions say {1}",
+    "head": "{0} is a part of its name {1}",
+    "keyword": "{0} is a keyword of its {1}",
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,10 @@ class Hit:
         score: Probability that the prompt asks for it, in [0, 1].
         why: The strongest reason, in words.
         title: Its name for people.
-        channels: Probability by channel that found it.
+        channels: Probability by channel, were it alone.
         concepts: Words of the prompt that it answers.
+        kind: What it is for: ``subject``, ``style``, ``character``, ``clothing``, ``pose``,
+            ``background`` or ``helper``.
     """
 
     name: str
@@ -81,68 +91,76 @@ class Hit:
     title: str = ""
     channels: Mapping[str, float] = field(default_factory=dict)
     concepts: tuple[str, ...] = ()
+    kind: str = "subject"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """One reason to take a LoRA.
+    """What a run of words says about a LoRA.
 
     Attributes:
         lora: Position of the record.
-        channel: ``words``, ``texts`` or ``weights``.
-        concept: Number of the concept; the number of concepts stands for the whole prompt.
-        probability: That the LoRA is meant.
-        why: The reason in words.
-        covers: Positions of the content words that it answers.
+        concept: Number of the run.
+        probability: That the run asks for the LoRA.
+        why: The strongest reason in words.
+        channels: Probability by channel, were it alone: ``words``, ``texts``, ``weights``.
+        literal: Whether the run as a whole hangs together with a name.
     """
 
     lora: int
-    channel: str
     concept: int
     probability: float
-    why: str
-    covers: tuple[int, ...]
+    why: str = ""
+    channels: Mapping[str, float] = field(default_factory=dict)
+    literal: bool = False
 
 
 @dataclass
 class Findings:
-    """All that the channels say about a prompt.
+    """All that was found for a prompt.
 
     Attributes:
-        words: Words of the prompt.
-        concepts: Its concepts.
-        evidence: All reasons.
+        words: Words of the prompt, and behind them those of the negative prompt.
+        concepts: Its runs of words.
+        evidence: What they say about LoRAs.
+        understood: The prompt in the text encoder's language.
+        near: Highest cosine of each LoRA's metadata with any run, which orders what nothing
+            speaks for.
     """
 
     words: list[Word]
     concepts: list[Concept]
     evidence: list[Evidence]
+    understood: Understood = field(default_factory=lambda: Understood(""))
+    near: dict[int, float] = field(default_factory=dict)
 
 
-def reciprocal_rank_fusion(
-    rankings: Mapping[str, Sequence[int]], available: Mapping[str, set[int]] | None = None
-) -> dict[int, float]:
-    """Fuse rankings by ``1 / (60 + rank)``.
+@dataclass
+class Pair:
+    """Features of a run of words and a LoRA, and what to say of each channel."""
 
-    Args:
-        rankings: Items best first, by channel.
-        available: Items that a channel could have found, by channel; all when None. An item's sum
-            is divided by the number of channels that could have found it.
+    features: dict[str, float] = field(default_factory=dict)
+    why: dict[str, tuple[float, str]] = field(default_factory=dict)
+    literal: bool = False
 
-    Returns:
-        Fused score by item.
-    """
-    fused: dict[int, float] = {}
-    for items in rankings.values():
-        for rank, item in enumerate(items, start=1):
-            fused[item] = fused.get(item, 0.0) + 1 / (RRF_K + rank)
-    if available is None:
-        return {item: total / max(len(rankings), 1) for item, total in fused.items()}
-    counts = {
-        item: sum(item in available[channel] for channel in rankings if channel in available)
-        for item in fused
-    }
-    return {item: total / max(counts[item], 1) for item, total in fused.items()}
+    def relate(self, match: Match, why: str) -> None:
+        """Keep the strongest relation of the words to a name."""
+        before = [name for name in _SAID if name in self.features]
+        order = list(_SAID)
+        if before and order.index(before[0]) < order.index(match.relation):
+            return
+        if before and before[0] != match.relation:
+            del self.features[before[0]]
+            del self.why["words"]
+        self.literal = True
+        self.note(match.relation, match.value, "words", why)
+
+    def note(self, name: str, value: float, channel: str, why: str) -> None:
+        """Keep the highest value of a feature, and of a channel the reason of the highest."""
+        if value > self.features.get(name, 0.0):
+            self.features[name] = value
+            if value >= self.why.get(channel, (0.0, ""))[0]:
+                self.why[channel] = (value, why)
 
 
 class Searcher:
@@ -168,38 +186,38 @@ class Searcher:
         self.index = index
         self.text_encoder = text_encoder
         self.retriever = retriever if index.provenance.dim else None
-        self.word_index = WordIndex(index.texts)
-        with_text = {row.lora for row in index.texts}
-        with_vector = {i for i, r in enumerate(index.records) if r.vector is not None}
+        self.names = NameIndex(index.texts)
+        self.with_text = {row.lora for row in index.texts}
         self._known = np.full(index.channel_size("weights"), np.nan, np.float32)
-        self.available = {"words": with_text, "texts": with_text, "weights": with_vector}
 
-    def search(self, prompt: str, k: int = 5) -> list[Hit]:
+    def search(self, prompt: str, k: int = 5, negative: str = "") -> list[Hit]:
         """Rank the pool.
 
         Args:
             prompt: What is wanted.
             k: How many hits at most.
+            negative: What is not wanted.
 
         Returns:
-            Hits, best first.
+            Hits, best first; what the prompts ask to leave out is not among them.
 
         Raises:
             RetrievalError: An empty prompt, or k below 1.
         """
         if k < 1:
             raise RetrievalError(f"The number of hits must be at least 1, not {k}.")
-        findings = self.find(prompt)
-        scores = combine(findings.evidence)
-        rank = self._fused(findings.evidence)
-        order = sorted(scores, key=lambda i: (-round(scores[i], 3), -rank[i], i))
-        return [self.hit(i, findings, scores[i]) for i in order[:k]]
+        findings = self.find(prompt, negative)
+        scores = wanted(findings)
+        near = findings.near
+        order = sorted(scores, key=lambda i: (-round(scores[i], 3), -near.get(i, 0.0), i))
+        return [self.hit(i, findings) for i in order[:k]]
 
-    def find(self, prompt: str) -> Findings:
+    def find(self, prompt: str, negative: str = "") -> Findings:
         """Collect what every channel says.
 
         Args:
-            prompt: What is wanted.
+            prompt: What is wanted, in any language.
+            negative: What is not wanted.
 
         Returns:
             The findings.
@@ -207,80 +225,220 @@ class Searcher:
         Raises:
             RetrievalError: An empty prompt.
         """
+        findings, pairs = self.collect(prompt, negative)
+        findings.evidence = self._judge(pairs)
+        return findings
+
+    def collect(
+        self, prompt: str, negative: str = ""
+    ) -> tuple[Findings, dict[tuple[int, int], Pair]]:
+        """Collect the features that `find` judges by, by run of words and LoRA."""
         if not prompt.strip():
             raise RetrievalError("The prompt is empty; say what the picture shall show.")
         # A terminal in another encoding hands over lone surrogates, which tokenizers refuse.
-        prompt = prompt.encode("utf-8", "replace").decode()
-        words = read_words(prompt)
+        prompt, negative = (t.encode("utf-8", "replace").decode() for t in (prompt, negative))
+        understood = understand(prompt)
+        words = read_words(understood.text, self.names.vocabulary)
+        if negative.strip():
+            left_out = read_words(understand(negative).text, self.names.vocabulary, negated=True)
+            words = [*words, Word("\n", "\n", "stop"), *left_out]
         concepts = find_concepts(words)
-        evidence = [_from_match(match) for match in self.word_index.find(words)]
-        texts = [concept.text for concept in concepts] + [" ".join(prompt.split())]
-        vectors = self.text_encoder.encode(texts)
-        whole = tuple(i for i, word in enumerate(words) if word.role == "content")
-        covers = [concept.covers for concept in concepts] + [whole]
-        evidence += self._from_texts(texts, vectors, covers)
-        evidence += self._from_weights(texts, vectors, covers)
-        return Findings(words, concepts, evidence)
+        findings = Findings(words, concepts, [], understood)
+        pairs: dict[tuple[int, int], Pair] = {}
+        self._look_at_words(words, concepts, pairs)
+        texts = [concept.text for concept in concepts]
+        if texts:
+            vectors = self.text_encoder.encode(texts)
+            self._look_at_texts(findings, vectors, pairs)
+            self._look_at_weights(concepts, vectors, pairs)
+        _weigh_length(words, pairs)
+        return findings, pairs
 
-    def _from_texts(
-        self, texts: list[str], vectors: torch.Tensor, covers: list[tuple[int, ...]]
-    ) -> list[Evidence]:
-        found: dict[tuple[int, int], Evidence] = {}
-        for number, results in enumerate(self.index.search("texts", vectors.numpy(), CANDIDATES)):
-            for lora, similarity, row in results:
+    def _look_at_words(
+        self,
+        words: list[Word],
+        concepts: list[Concept],
+        pairs: dict[tuple[int, int], Pair],
+    ) -> None:
+        number = {(c.start, c.end): i for i, c in enumerate(concepts)}
+        compounds = find_compounds(words)
+        for match in self.names.find(words):
+            run = words[match.start : match.end]
+            covers = tuple(match.start + i for i, w in enumerate(run) if w.role != "stop")
+            place = (match.start, match.end)
+            if place not in number:
+                number[place] = len(concepts)
+                text = " ".join(word.text for word in run)
+                concepts.append(Concept(text, covers, *place, run[0].negated))
+            elif match.relation in ("name", "alias", "style"):
+                # A name answers the colours in it, too, so that "red neon" says more than "neon".
+                concepts[number[place]] = replace(concepts[number[place]], covers=covers)
+            pair = pairs.setdefault((number[place], match.lora), Pair())
+            typed = shown(" ".join(word.text for word in run))
+            why = _SAID[match.relation].format(f'"{typed}"', f'"{shown(match.text)}"')
+            pair.relate(match, why)
+            pair.features |= self._circumstances(match, words, compounds)
+
+    def _circumstances(
+        self, match: Match, words: Sequence[Word], compounds: Sequence[tuple[int, int, str]]
+    ) -> dict[str, float]:
+        """Why a word may not mean what it names."""
+        run = words[match.start : match.end]
+        found: dict[str, float] = {}
+        if any(_is_spelled(word) for word in run):
+            found["spelled"] = 1.0
+        if self.names.kind(match.lora) == "style":
+            return found
+        if all(word.verb for word in run):
+            found["verb"] = 1.0
+        after = words[match.end] if match.end < len(words) else None
+        follows = after is not None and after.role == "content" and not after.verb
+        if after is not None and follows and lexicon().is_noun(after.stem):
+            found["modifier"] = float(not self.names.named(after.stem))
+        place = (match.start, match.end)
+        if any(
+            start <= match.start
+            and match.end <= end
+            and (start, end) != place
+            and not self._is_kind_of(phrase, match.lora)
+            for start, end, phrase in compounds
+        ):
+            found["compound"] = 1.0
+        return found
+
+    def _is_in_compound(
+        self, concept: Concept, lora: int, compounds: Sequence[tuple[int, int, str]]
+    ) -> bool:
+        """Whether a run shares words with a fixed expression for something else."""
+        return any(
+            concept.start < end and start < concept.end and not self._is_kind_of(phrase, lora)
+            for start, end, phrase in compounds
+        )
+
+    def _is_kind_of(self, phrase: str, lora: int) -> bool:
+        """Whether a fixed expression names a kind of what a LoRA draws: a guide dog is a dog."""
+        if self.names.is_name(phrase, lora):
+            return True
+        own = self.names.synsets.get(lora, set())
+        for synset in lexicon().synsets(phrase):
+            if synset in own:
+                return True
+            if any(kind in own for kind, _ in lexicon().ancestors(synset)):
+                return True
+        return False
+
+    def _look_at_texts(
+        self,
+        findings: Findings,
+        vectors: torch.Tensor,
+        pairs: dict[tuple[int, int], Pair],
+    ) -> None:
+        words, concepts = findings.words, findings.concepts
+        scale = self._scale()
+        compounds = find_compounds(words)
+        results = self.index.search("texts", vectors.numpy(), CANDIDATES)
+        nearest: dict[int, tuple[float, int, int]] = {}
+        for number, result in enumerate(results):
+            for lora, similarity, row in result:
+                nearest[lora] = max(nearest.get(lora, (-1.0, 0, 0)), (similarity, number, row))
+            concept = concepts[number]
+            run = words[concept.start : concept.end]
+            unknown = any(word.unknown for word in run)
+            clause = concept.end - concept.start > 3
+            own: list[int] | None = None
+            alone = False
+            first, lead = _lead([(lora, scale(similarity)) for lora, similarity, _ in result])
+            for lora, similarity, row in result:
+                cosine = scale(similarity)
+                if cosine <= COSINE_FLOOR:
+                    continue
                 text = self.index.texts[row]
-                p = self._text_probability(text.kind, similarity)
-                key = (number, lora)
-                if key not in found or found[key].probability < p:
-                    said = shown(text.text.partition("\n")[0], 60)
-                    kind = "captions are" if text.kind == "captions" else f"{text.kind} is"
-                    why = f'{kind} close to "{shown(texts[number])}" ({similarity:.2f}): "{said}"'
-                    found[key] = Evidence(lora, "texts", number, p, why, covers[number])
-        return list(found.values())
+                feature = _TEXT_FEATURE[text.kind]
+                pair = pairs.setdefault((number, lora), Pair())
+                if pair.literal and _NAMED & pair.features.keys():
+                    continue  # said more surely already
+                why = _nearness(concept, text, similarity)
+                pair.note(feature, cosine_feature(cosine), "texts", why)
+                if lora == first:
+                    pair.features["cos_lead"] = lead
+                style = self.names.kind(lora) == "style"
+                if style:
+                    pair.features["is_style"] = 1.0
+                pair.features |= {"unknown": float(unknown), "clause": float(clause)}
+                if (
+                    not pair.literal
+                    and not style
+                    and self._is_in_compound(concept, lora, compounds)
+                ):
+                    pair.features["unrelated"] = 1.0
+                if own is None:
+                    phrase = " ".join(word.stem for word in run)
+                    own = lexicon().synsets(phrase)
+                    # Nor does an adjective name a look that it is merely near to.
+                    alone = len(run) == 1 and lexicon().is_word(run[0].text)
+                # A noun that English knows means itself and not what it is near to.
+                known = bool(own and self.names.synsets.get(lora)) or (style and (own or alone))
+                if known and not pair.literal:
+                    pair.features["unrelated"] = 1.0
+                if pair.features.keys() & {"unrelated", "compound"}:
+                    pair.features.pop("cos_lead", None)
 
-    def _text_probability(self, kind: str, similarity: float) -> float:
-        """Probability that metadata is meant, by its cosine with a part of the prompt."""
-        centre, slope = _TEXT_LOGISTIC[kind]
-        if hasattr(self.text_encoder, "logistic"):
-            measured = self.text_encoder.logistic
-            if measured is None:
-                # Without anything to compare with, similarities only order the pool.
-                return min(max(similarity, 0.0), 1.0) * 0.5 * _TEXT_CERTAINTY
-            # Of texts that are not names, as much more is asked as of MiniLM.
-            centre, slope = measured.centre + centre - _TEXT_LOGISTIC["title"][0], measured.slope
-        return _TEXT_CERTAINTY / (1 + math.exp(-slope * (similarity - centre)))
+        # Whatever is nearest is listed at the end of a ranking, though nothing speaks for it.
+        seen = {lora for _, lora in pairs}
+        for lora, (similarity, number, row) in nearest.items():
+            if lora not in seen and not concepts[number].negated:
+                why = _nearness(concepts[number], self.index.texts[row], similarity)
+                pairs[number, lora] = Pair(why={"texts": (0.0, why)})
+        findings.near = {lora: similarity for lora, (similarity, _, _) in nearest.items()}
 
-    def _from_weights(
-        self, texts: list[str], vectors: torch.Tensor, covers: list[tuple[int, ...]]
-    ) -> list[Evidence]:
+    def _scale(self) -> Callable[[float], float]:
+        """Brings the text encoder's cosines to the scale of MiniLM's."""
+        if not hasattr(self.text_encoder, "logistic"):
+            return lambda similarity: similarity
+        measured = self.text_encoder.logistic
+        if measured is None:
+            # Without anything to compare with, similarities choose nothing.
+            return lambda similarity: COSINE_FLOOR + 0.1 * max(similarity, 0.0)
+        centre, slope = MINILM
+        return lambda similarity: centre + measured.slope * (similarity - measured.centre) / slope
+
+    def _look_at_weights(
+        self,
+        concepts: list[Concept],
+        vectors: torch.Tensor,
+        pairs: dict[tuple[int, int], Pair],
+    ) -> None:
         retriever = self.retriever
         if retriever is None or not self.index.channel_size("weights"):
-            return []
-        queries = retriever.encode_text(vectors)
+            return
+        # A clause is near to whatever is near to one of its words.
+        runs = [i for i, c in enumerate(concepts[: len(vectors)]) if c.end - c.start <= MAX_RUN]
+        if not runs:
+            return
+        queries = retriever.encode_text(vectors[runs])
         results = self.index.search("weights", queries.numpy(), CANDIDATES)
         owner = {row: lora for result in results for lora, _, row in result}
         rows = np.array(sorted(owner), np.int64)
         loras = torch.from_numpy(self.index.vectors("weights", rows))
         if retriever.calibrated:
-            probability = retriever.judge(
-                queries, loras, self._known_log_odds(rows, loras)
-            ).sigmoid()
+            odds = retriever.judge(queries, loras, self._known_log_odds(rows, loras))
+            odds = odds - _logit(retriever.calibration.threshold)
         else:
             # Without anything to compare with, similarities only order the pool.
-            probability = (queries @ loras.T).clamp(0, 1) * 0.5
+            odds = ((queries @ loras.T).clamp(1e-4, 1) * 0.49).logit()
         column = {int(row): i for i, row in enumerate(rows)}
-        return [
-            Evidence(
-                lora,
-                "weights",
-                number,
-                float(probability[number, column[row]]),
-                f'its weights look like "{shown(texts[number])}" ({similarity:.2f})',
-                covers[number],
-            )
-            for number, result in enumerate(results)
-            for lora, similarity, row in result
-        ]
+        table = odds.numpy()
+        for query, result in enumerate(results):
+            number = runs[query]
+            for lora, similarity, row in result:
+                value = float(table[query, column[row]])
+                if value < -_WEIGHTS_FLOOR and lora in self.with_text:
+                    continue
+                pair = pairs.setdefault((number, lora), Pair())
+                said = shown(concepts[number].text)
+                pair.features["weights"] = value
+                why = f'its weights look like "{said}" ({similarity:.2f})'
+                pair.why["weights"] = (value, why)
 
     def _known_log_odds(self, rows: np.ndarray, loras: torch.Tensor) -> torch.Tensor:
         """`Retriever.known_log_odds` of rows of the weight channel, computed once for each."""
@@ -291,65 +449,157 @@ class Searcher:
             self._known[rows[new]] = found.numpy()
         return torch.from_numpy(self._known[rows])
 
-    def _fused(self, evidence: Sequence[Evidence]) -> dict[int, float]:
-        best: dict[str, dict[int, float]] = {}
-        for item in evidence:
-            channel = best.setdefault(item.channel, {})
-            channel[item.lora] = max(channel.get(item.lora, 0.0), item.probability)
-        rankings = {
-            channel: [lora for _, lora in sorted((-p, lora) for lora, p in scores.items())]
-            for channel, scores in best.items()
+    def _judge(self, pairs: Mapping[tuple[int, int], Pair]) -> list[Evidence]:
+        if not pairs:
+            return []
+        rows = feature_rows(pairs.values())
+        parts = rows * learned()
+        alone = {
+            "words": parts[:, 0] + parts[:, _COLUMNS["words"]].sum(1),
+            "texts": parts[:, 0] + parts[:, _COLUMNS["texts"]].sum(1),
+            "weights": parts[:, 0] + parts[:, _COLUMNS["weights"]].sum(1),
         }
-        return reciprocal_rank_fusion(rankings, self.available)
+        together = probability(rows)
+        found = []
+        for place, ((number, lora), pair) in enumerate(pairs.items()):
+            if lora in self.with_text:
+                p = float(together[place])
+                channels = {c: _sigmoid(float(alone[c][place])) for c in pair.why}
+                strongest = max(pair.why, key=lambda c: alone[c][place])
+            else:
+                p = _sigmoid(pair.features.get("weights", -30.0))
+                channels, strongest = {"weights": p}, "weights"
+            why = pair.why[strongest][1]
+            found.append(Evidence(lora, number, p, why, channels, pair.literal))
+        return found
 
-    def hit(self, lora: int, findings: Findings, score: float) -> Hit:
+    def hit(self, lora: int, findings: Findings, words: Collection[int] = ()) -> Hit:
         """Describe a LoRA that was found.
 
         Args:
             lora: Position of the record.
             findings: What was found.
-            score: Its score.
+            words: Positions of the words that it was taken for; all where there are none.
 
         Returns:
             The hit with its strongest reason.
         """
         own = [item for item in findings.evidence if item.lora == lora]
+        own = [item for item in own if not findings.concepts[item.concept].negated]
+        asked = set(words)
+        if asked:
+            own = [item for item in own if asked & set(findings.concepts[item.concept].covers)]
         best = max(own, key=lambda item: item.probability)
         channels: dict[str, float] = {}
         for item in own:
-            channels[item.channel] = max(channels.get(item.channel, 0.0), item.probability)
+            for channel, p in item.channels.items():
+                channels[channel] = max(channels.get(channel, 0.0), p)
         record = self.index.records[lora]
-        concepts = tuple(findings.words[i].text for i in best.covers)
-        return Hit(record.name, score, best.why, record.title, channels, concepts)
+        covers = sorted(asked) if asked else findings.concepts[best.concept].covers
+        said = tuple(findings.words[i].text for i in covers)
+        kind = self.names.kind(lora)
+        return Hit(record.name, best.probability, best.why, record.title, channels, said, kind)
 
 
-def combine(evidence: Sequence[Evidence]) -> dict[int, float]:
-    """Probability by LoRA that at least one channel is right.
-
-    Args:
-        evidence: Reasons; of each channel the strongest one counts.
-
-    Returns:
-        ``1 - prod(1 - p)`` over channels, by position of the record.
-    """
-    best: dict[tuple[int, str], float] = {}
-    for item in evidence:
-        key = (item.lora, item.channel)
-        best[key] = max(best.get(key, 0.0), item.probability)
-    wrong: dict[int, float] = {}
-    for (lora, _), probability in best.items():
-        wrong[lora] = wrong.get(lora, 1.0) * (1 - probability)
-    return {lora: 1 - left for lora, left in wrong.items()}
+_NAMED = {"name", "alias", "style"}
+_TEXT_FEATURE = {
+    "title": "cos_title",
+    "trigger": "cos_title",
+    "tag": "cos_tag",
+    "phrase": "cos_tag",
+    "look": "cos_look",
+    "description": "cos_description",
+    "captions": "cos_captions",
+}
+_COLUMNS = {
+    "words": [i for i, name in enumerate(FEATURES) if name in WORDS],
+    "texts": [i for i, name in enumerate(FEATURES) if name in TEXTS],
+    "weights": [FEATURES.index("weights")],
+}
 
 
-def _from_match(match: Match) -> Evidence:
-    names = {"title": "title", "trigger": "trigger word", "tag": "tag"}
-    why = f'{names[match.kind]} "{shown(match.text)}" is in the prompt'
-    return Evidence(match.lora, "words", -1, match.probability, why, match.covers)
+def feature_rows(pairs: Iterable[Pair]) -> np.ndarray:
+    """Features ``[n, F]`` of pairs; the encoder's log-odds count from its floor."""
+    rows = []
+    for pair in pairs:
+        features = dict(pair.features)
+        if "weights" in features:
+            features["weights"] = min(max(features["weights"] + _WEIGHTS_FLOOR, 0.0), 6.0)
+        rows.append(vector(features))
+    return np.array(rows).reshape(-1, len(FEATURES))
 
 
-THRESHOLD = 0.5
-NEAR_DUPLICATE = 0.985
+def _nearness(concept: Concept, text: TextRow, similarity: float) -> str:
+    said = shown(text.text.partition("\n")[0], 60)
+    kind = "captions are" if text.kind == "captions" else f"{text.kind} is"
+    return f'{kind} close to "{shown(concept.text)}" ({similarity:.2f}): "{said}"'
+
+
+def _weigh_length(words: Sequence[Word], pairs: Mapping[tuple[int, int], Pair]) -> None:
+    """Note where one word of many is less sure to ask for a LoRA than one of a few."""
+    said = sum(word.role == "content" and not word.negated for word in words)
+    length = min(max((said - SHORT) / (LONG - SHORT), 0.0), 1.0)
+    for pair in pairs.values() if length else ():
+        for name in ("kind", "keyword"):
+            if name in pair.features:
+                pair.features["kind_long"] = length * pair.features[name]
+        if not pair.literal:
+            pair.features["near_long"] = length
+
+
+def _lead(found: Sequence[tuple[int, float]]) -> tuple[int, float]:
+    """The nearest LoRA, and by how much it is nearer than any other, from 0 to 1."""
+    if not found:
+        return -1, 0.0
+    first, best = found[0]
+    second = next((cosine for lora, cosine in found if lora != first), 0.0)
+    lead = min(max(best - second, 0.0) / LARGEST_LEAD, 1.0)
+    return first, lead * cosine_feature(best) ** 0.5
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-min(max(logit, -30.0), 30.0)))
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def _is_spelled(word: Word) -> bool:
+    return lexicon().lemma(word.text) != word.stem
+
+
+def find_compounds(words: Sequence[Word]) -> list[tuple[int, int, str]]:
+    """Fixed expressions in a prompt: positions of first word and end, and the lemmas."""
+    found = []
+    for start in range(len(words)):
+        for end in range(start + 2, min(start + 6, len(words)) + 1):
+            run = words[start:end]
+            if any(word.text == "\n" for word in run):
+                break
+            for phrase in {" ".join(w.stem for w in run), " ".join(_bare(w.text) for w in run)}:
+                if lexicon().is_compound(phrase):
+                    found.append((start, end, phrase))
+    return found
+
+
+def _bare(word: str) -> str:
+    return word.replace("'", "").replace("\u2019", "")
+
+
+def wanted(findings: Findings) -> dict[int, float]:
+    """Score of each LoRA that the prompt does not ask to leave out, by position of the record."""
+    scores: dict[int, float] = {}
+    against: dict[int, float] = {}
+    for item in findings.evidence:
+        table = against if findings.concepts[item.concept].negated else scores
+        table[item.lora] = max(table.get(item.lora, 0.0), item.probability)
+    # What is asked for by its very name is not left out for being akin to what shall not be there.
+    return {
+        lora: score
+        for lora, score in scores.items()
+        if against.get(lora, 0.0) < THRESHOLD or against[lora] < score - 0.1
+    }
 
 
 def choose(
@@ -358,7 +608,8 @@ def choose(
     k: int = 3,
     *,
     taken: Collection[str] = (),
-    threshold: float | None = None,
+    threshold: float = THRESHOLD,
+    negative: str = "",
 ) -> list[Hit]:
     """Choose LoRAs for a prompt.
 
@@ -367,8 +618,8 @@ def choose(
         prompt: What is wanted.
         k: How many LoRAs at most.
         taken: Names that are attached anyway; what they answer is not answered again.
-        threshold: Probability from which a word counts as answered. By default 0.5 where metadata
-            speaks, and the value calibrated on held-out LoRAs where only weights do.
+        threshold: Probability from which a word counts as answered.
+        negative: What is not wanted.
 
     Returns:
         Hits in the order in which they were taken; empty when nothing fits.
@@ -378,96 +629,73 @@ def choose(
     """
     if k < 1:
         raise RetrievalError(f"The number of LoRAs must be at least 1, not {k}.")
-    findings = searcher.find(prompt)
-    answers = answered_words(findings, _thresholds(searcher, threshold))
-    names = [record.name for record in searcher.index.records]
+    findings = searcher.find(prompt, negative)
+    answers = answered_words(findings, threshold)
+    records = searcher.index.records
     open_words = {word for scores in answers.values() for word in scores}
     for lora, scores in answers.items():
-        if names[lora] in taken:
-            open_words -= {word for word, score in scores.items() if score >= THRESHOLD}
-    rest = {lora: scores for lora, scores in answers.items() if names[lora] not in taken}
+        if records[lora].name in taken:
+            open_words -= set(scores)
+    fits = wanted(findings)
+    rest = {
+        lora: scores
+        for lora, scores in answers.items()
+        if lora in fits and records[lora].name not in taken and _is_asked(searcher, findings, lora)
+    }
     things = {i for i, word in enumerate(findings.words) if word.role == "content"}
-    chosen = greedy_cover(rest, open_words, k, _duplicates(searcher, rest), things)
-    return [_hit(searcher, findings, lora, words) for lora, words in chosen]
+    named = {
+        word
+        for item in findings.evidence
+        if item.probability >= threshold
+        for word in findings.concepts[item.concept].covers
+        if item.literal or findings.words[word].role != "content"
+    }
+    chosen = greedy_cover(rest, open_words, k, _duplicates(searcher, rest), things | named)
+    return [searcher.hit(lora, findings, words) for lora, words in chosen]
 
 
-def _thresholds(searcher: Searcher, threshold: float | None) -> dict[str, float]:
-    weights = THRESHOLD
-    if searcher.retriever is not None and searcher.retriever.calibrated:
-        weights = searcher.retriever.calibration.threshold
-    given = {"words": THRESHOLD, "texts": THRESHOLD, "weights": weights}
-    return given if threshold is None else dict.fromkeys(given, threshold)
+def _is_asked(searcher: Searcher, findings: Findings, lora: int) -> bool:
+    """Whether a LoRA that helps rather than draws is asked for by its name; others always are."""
+    if searcher.names.kind(lora) != "helper":
+        return True
+    return any(item.literal for item in findings.evidence if item.lora == lora)
 
 
-def answered_words(
-    findings: Findings, thresholds: Mapping[str, float]
-) -> dict[int, dict[int, float]]:
+def answered_words(findings: Findings, threshold: float = THRESHOLD) -> dict[int, dict[int, float]]:
     """How well each LoRA answers each word.
 
+    Evidence of a run that hangs together with a name answers all its words; of a run that is
+    merely near in meaning, the words that are near themselves, where one is: an elephant doesn't
+    answer "neon" because "neon elephant" is near to it.
+
     Args:
-        findings: What the channels say.
-        thresholds: Probability by channel that counts as answered.
+        findings: What was found.
+        threshold: Probability from which a word counts as answered.
 
     Returns:
-        By position of the record, then of the word, a value in [0, 1] where `THRESHOLD` and above
-        means answered; a channel's own threshold is moved there.
+        By position of the record, then of the word, probabilities of at least the threshold.
     """
-    singles = {c.covers[0]: n for n, c in enumerate(findings.concepts) if c.text.count(" ") == 0}
-    by_lora: dict[int, list[Evidence]] = {}
+    alone: dict[tuple[int, int], float] = {}
     for item in findings.evidence:
-        by_lora.setdefault(item.lora, []).append(item)
+        concept = findings.concepts[item.concept]
+        if item.literal or concept.end - concept.start == 1:
+            for word in concept.covers:
+                key = (item.lora, word)
+                alone[key] = max(alone.get(key, 0.0), item.probability)
     result: dict[int, dict[int, float]] = {}
-    for lora, items in by_lora.items():
-        words: dict[int, list[float]] = {}
-        for channel in sorted({item.channel for item in items}):
-            own = [item for item in items if item.channel == channel]
-            spread = _spread(own, singles, len(findings.concepts))
-            for word, p in spread.items():
-                words.setdefault(word, []).append(_rescale(p, thresholds[channel]))
-        result[lora] = {word: _either(ps) for word, ps in words.items()}
-    return result
-
-
-def _spread(
-    evidence: Sequence[Evidence], singles: Mapping[int, int], whole: int
-) -> dict[int, float]:
-    """Share one channel's evidence for runs of words out to the words."""
-    by_concept = {item.concept: item.probability for item in evidence if item.concept >= 0}
-    alone = {word: by_concept.get(number, 0.0) for word, number in singles.items()}
-    answers: dict[int, float] = {}
-    for item in evidence:
-        if item.concept == whole:
-            # The whole prompt is near to whatever is near to one of its words.
+    for item in findings.evidence:
+        concept = findings.concepts[item.concept]
+        if concept.negated or item.probability < threshold:
             continue
-        best = max((alone.get(word, 0.0) for word in item.covers), default=0.0)
-        for word in item.covers:
-            literal = item.concept < 0 or len(item.covers) == 1
-            share = 1.0 if literal or best <= 0 else alone.get(word, 0.0) / best
-            answers[word] = max(answers.get(word, 0.0), item.probability * share)
-    return answers
-
-
-def _rescale(p: float, threshold: float) -> float:
-    """Move a channel's threshold to the common one, piecewise linearly."""
-    if threshold <= 0 or threshold >= 1:
-        return p
-    if p < threshold:
-        return p * THRESHOLD / threshold
-    return THRESHOLD + (p - threshold) * (1 - THRESHOLD) / (1 - threshold)
-
-
-def _either(probabilities: Sequence[float]) -> float:
-    """At least one channel is right; a channel that finds nothing adds next to nothing.
-
-    Only channels that reach the threshold support each other: several weak hints are no reason.
-    """
-    strong = [p for p in probabilities if p >= THRESHOLD]
-    if not strong:
-        return max(probabilities, default=0.0)
-    wrong = 1.0
-    for p in strong:
-        wrong *= 1 - p
-    return 1 - wrong
+        singles = {word: alone.get((item.lora, word), 0.0) for word in concept.covers}
+        best = max(singles.values(), default=0.0)
+        scores = result.setdefault(item.lora, {})
+        for word in concept.covers:
+            explained = not item.literal and best >= _EXPLAINED
+            p = item.probability * (singles[word] / best if explained else 1.0)
+            if p >= threshold:
+                scores[word] = max(scores.get(word, 0.0), p)
+    return {lora: scores for lora, scores in result.items() if scores}
 
 
 def greedy_cover(
@@ -495,7 +723,7 @@ def greedy_cover(
     chosen: list[tuple[int, tuple[int, ...]]] = []
     while left and candidates and len(chosen) < k:
         gains = {lora: _gain(answers[lora], left, things) for lora in candidates}
-        best = min(candidates, key=lambda lora: (-sum(gains[lora].values()), lora))
+        best = min(candidates, key=lambda lora: (-round(sum(gains[lora].values()), 4), lora))
         if not gains[best]:
             break
         chosen.append((best, tuple(sorted(gains[best]))))
@@ -508,7 +736,7 @@ def _gain(
     answers: Mapping[int, float], left: Collection[int], things: Collection[int] | None
 ) -> dict[int, float]:
     """What a LoRA adds by word; nothing where it adds no thing."""
-    added = {word: answers[word] for word in left if answers.get(word, 0) >= THRESHOLD}
+    added = {word: answers[word] for word in left if word in answers}
     return added if things is None or any(word in things for word in added) else {}
 
 
@@ -530,16 +758,3 @@ def _duplicates(searcher: Searcher, loras: Collection[int]) -> dict[int, set[int
         for lora in group if sha else ():
             same.setdefault(lora, set()).update(other for other in group if other != lora)
     return same
-
-
-def _hit(searcher: Searcher, findings: Findings, lora: int, words: Sequence[int]) -> Hit:
-    """A hit that gives the reason for the words it was taken for."""
-    wanted = set(words)
-    own = [
-        item
-        for item in findings.evidence
-        if item.lora == lora and wanted & set(item.covers) and item.concept < len(findings.concepts)
-    ]
-    narrowed = Findings(findings.words, findings.concepts, own)
-    hit = searcher.hit(lora, narrowed, combine(own)[lora])
-    return replace(hit, concepts=tuple(findings.words[i].text for i in words))

@@ -63,7 +63,7 @@ def test_cards_can_be_pinned_dropped_and_set(studio: Studio) -> None:
 def test_better_cards_come_first_and_dropped_ones_are_asked_for_too(studio, monkeypatch) -> None:
     asked = []
 
-    def choose(searcher, prompt, k, taken):
+    def choose(searcher, prompt, k, taken, negative):
         asked.append(k)
         return [Hit("elephant", 0.6, "x"), Hit("rocket", 0.9, "x"), Hit("neon", 0.9001, "x")][:k]
 

@@ -19,7 +19,9 @@ class Search:
     def __init__(self, scores: dict[str, float]) -> None:
         self.scores, self.asked = scores, []
 
-    def __call__(self, prompt: str, k: int, taken: list[str]) -> list[SimpleNamespace]:
+    def __call__(
+        self, prompt: str, k: int, taken: list[str], negative: str
+    ) -> list[SimpleNamespace]:
         self.asked.append((prompt, k, list(taken)))
         return [SimpleNamespace(name=n, score=s, why="fits") for n, s in self.scores.items()][:k]
 
@@ -87,7 +89,7 @@ def test_a_prompt_of_tags_alone_finds_nothing() -> None:
 def test_nothing_is_searched_while_adapters_stay_attached() -> None:
     standing = SimpleNamespace(chosen=[Chosen(SimpleNamespace(name="z"), 1.0, "attached")])
     planner = Planner(PipelineConfig("x"), *[nothing] * 5, standing)
-    assert planner._find([])("a cat", 3, []) == []
+    assert planner._find([])("a cat", 3, [], "") == []
 
 
 def test_a_request_is_not_changed_by_a_style_without_words() -> None:

@@ -16,46 +16,27 @@ from autolora.retrieval.search import (
 from tests.retrieval.synthetic import WordVectors
 
 WORDS = WordVectors()
-HALF = {"words": 0.5, "texts": 0.5, "weights": 0.5}
 
 
-def findings(prompt: str, *evidence: tuple[int, str, str, float]) -> Findings:
-    """Evidence as LoRA, channel, concept and probability; the whole prompt is the concept ``*``."""
+def findings(prompt: str, *evidence: tuple[int, str, float], literal: bool = False) -> Findings:
+    """Evidence as LoRA, run of words and probability."""
     words = read_words(prompt)
     concepts = find_concepts(words)
-    texts = [concept.text for concept in concepts]
-    every = tuple(i for i, word in enumerate(words) if word.role == "content")
-    items = [
-        Evidence(lora, channel, len(texts), p, "", every)
-        if text == "*"
-        else Evidence(lora, channel, texts.index(text), p, "", concepts[texts.index(text)].covers)
-        for lora, channel, text, p in evidence
-    ]
+    number = {concept.text: i for i, concept in enumerate(concepts)}
+    items = [Evidence(lora, number[text], p, literal=literal) for lora, text, p in evidence]
     return Findings(words, concepts, items)
 
 
-def test_the_whole_prompt_answers_no_word() -> None:
-    found = findings("a neon elephant", (0, "texts", "*", 0.99), (0, "texts", "neon", 0.2))
-    assert answered_words(found, HALF)[0] == pytest.approx({1: 0.2})
+def test_only_what_is_likely_enough_answers() -> None:
+    found = findings("an elephant", (0, "elephant", 0.6), (1, "elephant", 0.4))
+    assert answered_words(found) == {0: {1: 0.6}}
+    assert answered_words(found, 0.7) == {}
+    assert answered_words(found, 0.3) == {0: {1: 0.6}, 1: {1: 0.4}}
 
 
-def test_a_channels_threshold_is_moved_to_the_common_one() -> None:
-    thresholds = {**HALF, "weights": 0.8}
-    for p, moved in ((0.4, 0.25), (0.8, 0.5), (0.9, 0.75), (1.0, 1.0)):
-        found = findings("an elephant", (0, "weights", "elephant", p))
-        assert answered_words(found, thresholds)[0][1] == pytest.approx(moved)
-    extreme = {**HALF, "weights": 1.0}
-    found = findings("an elephant", (0, "weights", "elephant", 0.7))
-    assert answered_words(found, extreme)[0][1] == 0.7
-
-
-def test_only_channels_that_are_sure_support_each_other() -> None:
-    both = [(0, "texts", "elephant", 0.6), (0, "weights", "elephant", 0.7)]
-    assert answered_words(findings("an elephant", *both), HALF)[0][1] == pytest.approx(0.88)
-    faint = [(0, "texts", "elephant", 0.4), (0, "weights", "elephant", 0.45)]
-    assert answered_words(findings("an elephant", *faint), HALF)[0][1] == 0.45
-    mixed = [(0, "texts", "elephant", 0.4), (0, "weights", "elephant", 0.7)]
-    assert answered_words(findings("an elephant", *mixed), HALF)[0][1] == pytest.approx(0.7)
+def test_what_is_to_be_left_out_answers_nothing() -> None:
+    found = findings("a rose, no elephant", (0, "elephant", 0.9), (1, "rose", 0.9))
+    assert answered_words(found) == {1: {1: 0.9}}
 
 
 def test_near_duplicates_of_a_chosen_one_are_left_out() -> None:
@@ -91,8 +72,8 @@ def test_what_is_nearly_the_same_is_taken_once(
     monkeypatch: pytest.MonkeyPatch, angle: float, shas: list[str], expected: list[str]
 ) -> None:
     pool = searcher(np.array([[1, 0], [np.cos(angle), np.sin(angle)]], np.float32), shas)
-    found = findings("a neon rose", (0, "texts", "neon", 0.9), (1, "texts", "rose", 0.8))
-    monkeypatch.setattr(Searcher, "find", lambda self, prompt: found)
+    found = findings("a neon rose", (0, "neon", 0.9), (1, "rose", 0.8))
+    monkeypatch.setattr(Searcher, "find", lambda *_: found)
     assert [hit.name for hit in choose(pool, "x")] == expected
 
 
@@ -100,12 +81,12 @@ def test_what_taken_ones_answer_is_not_answered_again(monkeypatch: pytest.Monkey
     pool = searcher(np.eye(3, dtype=np.float32), ["a", "b", "c"])
     found = findings(
         "a neon rose",
-        (0, "texts", "rose", 0.9),
-        (1, "texts", "rose", 0.8),
-        (2, "texts", "neon", 0.7),
-        (0, "texts", "neon", 0.3),
+        (0, "rose", 0.9),
+        (1, "rose", 0.8),
+        (2, "neon", 0.7),
+        (0, "neon", 0.3),
     )
-    monkeypatch.setattr(Searcher, "find", lambda self, prompt: found)
+    monkeypatch.setattr(Searcher, "find", lambda *_: found)
     assert [hit.name for hit in choose(pool, "x", taken=["l0"])] == ["l2"]
     assert [hit.name for hit in choose(pool, "x", taken=["l2"])] == ["l0"]
     hit = choose(pool, "x")[0]
@@ -114,8 +95,8 @@ def test_what_taken_ones_answer_is_not_answered_again(monkeypatch: pytest.Monkey
 
 def test_a_threshold_of_ones_own_holds_for_every_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = searcher(np.eye(2, dtype=np.float32), ["a", "b"])
-    found = findings("a neon rose", (0, "texts", "rose", 0.9), (1, "weights", "neon", 0.6))
-    monkeypatch.setattr(Searcher, "find", lambda self, prompt: found)
+    found = findings("a neon rose", (0, "rose", 0.9), (1, "neon", 0.6))
+    monkeypatch.setattr(Searcher, "find", lambda *_: found)
     assert [hit.name for hit in choose(pool, "x")] == ["l0", "l1"]
     assert [hit.name for hit in choose(pool, "x", threshold=0.7)] == ["l0"]
     assert choose(pool, "x", threshold=0.95) == []
@@ -124,11 +105,20 @@ def test_a_threshold_of_ones_own_holds_for_every_channel(monkeypatch: pytest.Mon
 def test_a_run_of_words_is_shared_out_by_its_words() -> None:
     found = findings(
         "a neon elephant",
-        (0, "texts", "elephant", 0.8),
-        (0, "texts", "neon", 0.08),
-        (0, "texts", "neon elephant", 0.9),
+        (0, "elephant", 0.8),
+        (0, "neon", 0.08),
+        (0, "neon elephant", 0.9),
     )
-    assert answered_words(found, HALF)[0] == pytest.approx({1: 0.09, 2: 0.9})
+    # The elephant is why the run is near; and where no word alone is near, all of them are.
+    assert answered_words(found)[0] == pytest.approx({2: 0.9})
+    alone = findings("a neon elephant", (0, "neon elephant", 0.9), (0, "elephant", 0.1))
+    assert answered_words(alone)[0] == pytest.approx({1: 0.9, 2: 0.9})
+
+
+def test_a_name_of_several_words_answers_them_all() -> None:
+    told = [(0, "neon elephant", 0.9), (0, "elephant", 0.6)]
+    found = findings("a neon elephant", *told, literal=True)
+    assert answered_words(found)[0] == pytest.approx({1: 0.9, 2: 0.9})
 
 
 def brute_force_cover(answers: dict[int, dict[int, float]], left: set[int], k: int) -> list[int]:
@@ -150,7 +140,9 @@ def brute_force_cover(answers: dict[int, dict[int, float]], left: set[int], k: i
 @pytest.mark.parametrize("seed", range(8))
 def test_greedy_cover_equals_a_naive_rewrite(seed: int) -> None:
     rng = np.random.RandomState(seed)
-    answers = {i: {w: float(rng.rand()) for w in range(5) if rng.rand() < 0.6} for i in range(9)}
+    answers = {
+        i: {w: 0.5 + float(rng.rand()) / 2 for w in range(5) if rng.rand() < 0.6} for i in range(9)
+    }
     chosen = greedy_cover(answers, set(range(5)), 4, {})
     assert [lora for lora, _ in chosen] == brute_force_cover(answers, set(range(5)), 4)
     covered = [word for _, words in chosen for word in words]

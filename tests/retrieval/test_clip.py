@@ -91,12 +91,12 @@ def test_the_calibration_parts_synonyms_from_siblings() -> None:
 
 
 def test_on_minilm_it_finds_about_what_was_set_by_hand() -> None:
-    from autolora.retrieval.search import _TEXT_LOGISTIC
+    from autolora.retrieval.search import MINILM
     from autolora.retrieval.text import MiniLMText
 
     fitted = fit_logistic(MiniLMText().encode)
     assert fitted is not None
-    centre, slope = _TEXT_LOGISTIC["title"]
+    centre, slope = MINILM
     assert fitted.centre == pytest.approx(centre, abs=0.15)
     assert slope / 2 < fitted.slope < slope * 2
 

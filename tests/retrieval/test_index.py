@@ -16,6 +16,7 @@ from autolora.retrieval.index import (
     Provenance,
     build_vectors,
     choose_kind,
+    common_phrases,
     current_generation,
     get_vectors,
     metadata_texts,
@@ -360,7 +361,23 @@ def test_readable_names(name: str, words: str) -> None:
 def test_metadata_texts_are_bounded() -> None:
     from autolora.lora import Metadata
 
-    metadata = Metadata(title="x_ray", tags=[f"t{i}" for i in range(99)], captions=["a\nb", " "])
+    metadata = Metadata(title="zork", tags=[f"t{i}" for i in range(99)], captions=["a\nb", " "])
     texts = metadata_texts(metadata)
-    assert texts[0] == ("title", "x ray") and len(texts) == 24
+    assert texts[0] == ("title", "zork") and len(texts) == 24
     assert texts[-1] == ("captions", "a b")
+
+
+def test_a_known_look_brings_its_description() -> None:
+    from autolora.lora import Metadata
+
+    texts = metadata_texts(Metadata(title="My_Neon"))
+    assert texts == [("title", "My Neon")]
+    looks = [text for kind, text in metadata_texts(Metadata(title="Neon_Style")) if kind == "look"]
+    assert "glowing light tubes" in looks and 5 < len(looks) < 40
+
+
+def test_what_most_captions_speak_of_is_a_name() -> None:
+    captions = ["a garden gnome on a red background", "garden gnome, 4k", "a blue garden gnome"]
+    assert common_phrases(captions) == ["garden gnome"]
+    assert common_phrases(["a cat", "a dog"]) == [] == common_phrases(["a gnome"])
+    assert common_phrases(["a cat in pop art style", "a dog, pop art style"]) == ["pop art"]

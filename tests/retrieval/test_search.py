@@ -20,14 +20,15 @@ from autolora.retrieval.features import (
     fit_probes,
     weight_tokens,
 )
-from autolora.retrieval.index import Provenance, TextRow, refresh_index
+from autolora.retrieval.index import Provenance, refresh_index
+from autolora.retrieval.prompt_terms import Concept
 from autolora.retrieval.retriever import Retriever, RetrieverSpec
-from autolora.retrieval.search import Evidence, Findings, combine, reciprocal_rank_fusion
+from autolora.retrieval.search import Evidence, Findings, wanted
 from autolora.retrieval.text import Logistic
 from tests.retrieval.synthetic import LAYERS, WordVectors, concept_lora, concept_names, factors_of
 
 WORDS = WordVectors()
-SUBJECTS = ["elephant", "steam locomotive", "rose", "jack-o-lantern", "orange"]
+SUBJECTS = ["elephant", "sailing ship", "rose", "jack-o-lantern", "orange"]
 STYLES = ["neon", "pixel art", "red neon"]
 TRAINING = concept_names(100)
 
@@ -97,7 +98,7 @@ PROMPTS = [
     ("a neon elephant on a blue background", {"neon", "elephant"}),
     ("an elephant", {"elephant"}),
     ("two elephants", {"elephant"}),
-    ("a pixel art steam locomotive", {"pixel_art", "steam_locomotive"}),
+    ("a pixel art sailing ship", {"pixel_art", "sailing_ship"}),
     ("a red neon rose", {"red_neon", "rose"}),
     ("a jack-o-lantern, thorny", {"jack-o-lantern", "rose"}),
     ("a rose on an orange background", {"rose"}),
@@ -136,9 +137,9 @@ def test_it_works_without_metadata(nameless: Searcher) -> None:
 
 def test_hits_say_which_channel_found_them_and_why(searcher: Searcher) -> None:
     hit = searcher.search("a thorny thing", 1)[0]
-    assert hit.name == "rose" and hit.why == 'trigger word "thorny" is in the prompt'
-    assert hit.channels["words"] == pytest.approx(0.95) and hit.concepts == ("thorny",)
-    assert 0.95 <= hit.score <= 1
+    assert hit.name == "rose" and hit.why == 'its name "thorny" is in the prompt'
+    assert hit.channels["words"] > 0.9 and hit.concepts == ("thorny",)
+    assert 0.9 <= hit.score <= 1 and hit.kind == "subject"
 
 
 def test_search_is_sorted_and_bounded(searcher: Searcher) -> None:
@@ -219,6 +220,10 @@ def weight_log_odds(searcher: Searcher, words: str) -> torch.Tensor:
     return RETRIEVER.calibration.log_odds(scores)[0]
 
 
+THRESHOLD = math.log(RETRIEVER.calibration.threshold / (1 - RETRIEVER.calibration.threshold))
+"""Log-odds from which a LoRA is taken; moved to a probability of one half."""
+
+
 def probabilities_of(searcher: Searcher, words: str) -> dict[int, float]:
     """What the weight channel says to a prompt of one concept, by row."""
     found = searcher.find(f"a {words}").evidence
@@ -227,7 +232,7 @@ def probabilities_of(searcher: Searcher, words: str) -> dict[int, float]:
 
 
 def test_weight_probabilities_equal_a_direct_computation(nameless: Searcher) -> None:
-    expected = weight_log_odds(nameless, "elephant").sigmoid()
+    expected = (weight_log_odds(nameless, "elephant") - THRESHOLD).sigmoid()
     seen = probabilities_of(nameless, "elephant")
     assert len(seen) == 8
     for row, probability in seen.items():
@@ -250,7 +255,9 @@ def test_a_lora_of_a_known_concept_claims_nothing_else(nameless: Searcher) -> No
     for word in ("elephant", "rose"):
         bare = weight_log_odds(nameless, word)
         gaps = (best - bare).clamp_min(0)
-        expected = [1 / (1 + math.exp(gap - b)) for b, gap in zip(bare, gaps, strict=True)]
+        expected = [
+            1 / (1 + math.exp(gap - b + THRESHOLD)) for b, gap in zip(bare, gaps, strict=True)
+        ]
         for _ in range(2):  # the second time from what was kept
             seen = probabilities_of(searcher, word)
             assert [seen[row] for row in range(8)] == pytest.approx(expected, rel=1e-3)
@@ -266,60 +273,70 @@ def test_a_lora_of_a_known_concept_claims_nothing_else(nameless: Searcher) -> No
     )
 
 
-def test_combining_channels_is_that_one_of_them_is_right() -> None:
+def test_what_is_to_be_left_out_is_not_wanted() -> None:
+    concepts = [Concept("a", (0,)), Concept("b", (1,), negated=True)]
     evidence = [
-        Evidence(0, "words", -1, 0.5, "", (0,)),
-        Evidence(0, "texts", 0, 0.4, "", (0,)),
-        Evidence(0, "texts", 1, 0.2, "", (0,)),
-        Evidence(1, "weights", 0, 0.3, "", (0,)),
+        Evidence(0, 0, 0.9),
+        Evidence(1, 0, 0.9),
+        Evidence(1, 1, 0.95),
+        Evidence(2, 0, 0.9),
+        Evidence(2, 1, 0.4),  # not likely meant
+        Evidence(3, 0, 0.99),
+        Evidence(3, 1, 0.6),  # less likely than what is asked for
     ]
-    assert combine(evidence) == pytest.approx({0: 1 - 0.5 * 0.6, 1: 0.3})
+    assert wanted(Findings([], concepts, evidence)) == {0: 0.9, 2: 0.9, 3: 0.99}
 
 
-def test_rank_fusion_does_not_punish_a_missing_channel() -> None:
-    rankings = {"texts": [1, 2], "weights": [0, 2, 1]}
-    plain = reciprocal_rank_fusion(rankings)
-    assert plain == pytest.approx(
-        {0: 1 / 61 / 2, 1: (1 / 61 + 1 / 63) / 2, 2: (1 / 62 + 1 / 62) / 2}
-    )
-    fair = reciprocal_rank_fusion(rankings, {"texts": {1, 2}, "weights": {0, 1, 2}})
-    assert max(fair, key=fair.__getitem__) == 0 and fair[0] == pytest.approx(1 / 61)
+@pytest.mark.parametrize(
+    ("prompt", "negative", "expected"),
+    [
+        ("a neon elephant, no rose", "", {"neon", "elephant"}),
+        ("an elephant without neon", "", {"elephant"}),
+        ("an elephant, not in pixel art", "", {"elephant"}),
+        ("a neon rose", "neon", {"rose"}),
+        ("a neon rose", "blurry, roses", {"neon"}),
+        ("an elephant instead of a rose", "", {"elephant"}),
+        ("a non-neon elephant", "", {"elephant"}),
+        ("a neon-free rose", "", {"rose"}),
+    ],
+)
+def test_negation(searcher: Searcher, prompt: str, negative: str, expected: set[str]) -> None:
+    assert names(choose(searcher, prompt, negative=negative)) == expected
+    assert expected <= names(searcher.search(prompt, 8, negative))
+    left_out = {"neon", "elephant", "rose", "pixel_art"} - expected
+    named = {hit.name for hit in searcher.search(prompt, 8, negative) if hit.score > 0.5}
+    assert not named & left_out
 
 
-def test_scores_that_say_nothing_are_ordered_by_rank(
-    metadata_only: Searcher, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("I rose early", set()),
+        ("prices rose sharply", set()),
+        ("an elefant", {"elephant"}),
+        ("eleph", set()),
+        ("8-bit roses", {"pixel_art", "rose"}),
+        ("pixelart rose", {"pixel_art", "rose"}),
+        ("the elephant in the room", set()),
+        ("eine Rose ohne Neon", {"rose"}),
+        ("\u4e00\u53ea\u5927\u8c61", {"elephant"}),
+    ],
+)
+def test_words_as_people_type_them(
+    metadata_only: Searcher, prompt: str, expected: set[str]
 ) -> None:
-    faint = [Evidence(lora, "texts", 0, p, "", ()) for lora, p in enumerate((1e-4, 3e-4, 2e-4))]
-    monkeypatch.setattr(Searcher, "find", lambda self, prompt: Findings([], [], faint))
-    records = metadata_only.index.records
-    found = [hit.name for hit in metadata_only.search("x", 3)]
-    assert found == [records[i].name for i in (1, 2, 0)]
-
-
-def test_of_several_texts_the_likeliest_counts_not_the_nearest(
-    metadata_only: Searcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [TextRow(0, "captions", "near"), TextRow(0, "title", "nearly as near")]
-    monkeypatch.setattr(metadata_only.index, "texts", rows)
-    monkeypatch.setattr(
-        metadata_only.index, "search", lambda *_: [[(0, 0.80, 0), (0, 0.79, 1)]], raising=True
-    )
-    (item,) = metadata_only._from_texts(["x"], WORDS.encode(["x"]), [(0,)])
-    assert item.probability == pytest.approx(0.94 / (1 + math.exp(-18 * (0.79 - 0.74))))
-    assert "nearly as near" in item.why
+    assert names(choose(metadata_only, prompt)) == expected
 
 
 def test_a_measured_cosine_takes_the_place_of_minilms(metadata_only: Searcher) -> None:
     class Measured(WordVectors):
-        logistic: Logistic | None = Logistic(0.3, 10.0)
+        logistic: Logistic | None = Logistic(0.3, 9.0)
 
-    searcher = Searcher(metadata_only.index, Measured())
-    assert searcher._text_probability("title", 0.3) == pytest.approx(0.47)
-    # Captions and tags need as much more as of MiniLM: 0.80 beside 0.74.
-    assert searcher._text_probability("tag", 0.36) == pytest.approx(0.47)
-    assert searcher._text_probability("tag", 0.5) == pytest.approx(0.94 / (1 + math.exp(-1.4)))
+    scale = Searcher(metadata_only.index, Measured())._scale()
+    # Equally likely to mean the same: 0.74 of MiniLM, where the logistic is half as steep.
+    assert scale(0.3) == pytest.approx(0.74) and scale(0.5) == pytest.approx(0.84)
     Measured.logistic = None
-    assert searcher._text_probability("title", 1.0) < 0.5
+    assert Searcher(metadata_only.index, Measured())._scale()(1.0) <= 0.5
 
 
 def test_weights_are_judged_by_their_calibrated_threshold(nameless: Searcher) -> None:

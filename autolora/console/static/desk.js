@@ -10,6 +10,7 @@ let askAgain = () => {};
 export const refresh = () => askAgain();
 
 const promptText = () => document.querySelector("#al-prompt textarea")?.value ?? "";
+const negativeText = () => document.querySelector("#al-negative :is(textarea, input)")?.value ?? "";
 
 export function desk({ element, props, trigger, watch }) {
   const root = element.firstElementChild;
@@ -32,7 +33,7 @@ export function desk({ element, props, trigger, watch }) {
     const number = ++state.asked;
     const prompt = promptText();
     try {
-      const plan = await postJson("cards", { prompt, selection: selection() });
+      const plan = await postJson("cards", { prompt, selection: selection(), negative_prompt: negativeText() });
       if (number !== state.asked) return;
       Object.assign(state, { plan, problem: "" });
     } catch (error) {
@@ -306,7 +307,7 @@ export function desk({ element, props, trigger, watch }) {
     change({ pinned: { ...pinned, [item.name]: item.strength }, dropped: dropped.filter((name) => name !== item.name) });
   });
   document.addEventListener("input", (event) => {
-    if (event.target.closest?.("#al-prompt")) askAgain();
+    if (event.target.closest?.("#al-prompt, #al-negative")) askAgain();
   });
   window.addEventListener("focus", loadStyles);
   drawAll();
