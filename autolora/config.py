@@ -24,7 +24,7 @@ import yaml
 from pydantic import Strict
 
 from autolora import schema
-from autolora.errors import ConfigError, GenerationError, shown
+from autolora.errors import ConfigError, GenerationError, Message, shown
 from autolora.files import replacing
 from autolora.schema import STRICT, Numbers, PathField
 from autolora.unit import Units
@@ -353,21 +353,19 @@ class PipelineConfig:
         return dataclasses.replace(self, pool=pool.expanduser(), index=index)
 
 
-def steps_problem(steps: int) -> str | None:
+def steps_problem(steps: int) -> Message | None:
     """Say what is wrong with a number of denoising steps, or None."""
     if 1 <= steps <= MAX_STEPS:
         return None
-    return f"steps must be between 1 and {MAX_STEPS}, not {steps}"
+    return Message("steps must be between {} and {}, not {}", 1, MAX_STEPS, steps)
 
 
-def size_problem(width: int, height: int) -> str | None:
+def size_problem(width: int, height: int) -> Message | None:
     """Say what is wrong with a picture size in pixels, or None."""
     if all(MIN_SIZE <= side <= MAX_SIZE for side in (width, height)):
         return None
-    return (
-        f"size {width}x{height} is not possible: width and height must be between {MIN_SIZE} and "
-        f"{MAX_SIZE}"
-    )
+    template = "size {} is not possible: width and height must be between {} and {}"
+    return Message(template, f"{width}x{height}", MIN_SIZE, MAX_SIZE)
 
 
 def rounded_size(width: int, height: int) -> tuple[int, int]:
@@ -376,18 +374,18 @@ def rounded_size(width: int, height: int) -> tuple[int, int]:
     return wide, high
 
 
-def guidance_problem(guidance: float, name: str = "guidance") -> str | None:
+def guidance_problem(guidance: float, name: str = "guidance") -> Message | None:
     """Say what is wrong with a guidance scale, or None."""
     if math.isfinite(guidance) and 0 <= guidance <= 100:
         return None
-    return f"{name} must be a number between 0 and 100, not {guidance}"
+    return Message(f"{name} must be a number between {{}} and {{}}, not {{}}", 0, 100, guidance)
 
 
-def top_k_problem(top_k: int) -> str | None:
+def top_k_problem(top_k: int) -> Message | None:
     """Say what is wrong with a number of adapters, or None."""
     if 0 <= top_k <= MAX_TOP_K:
         return None
-    return f"top_k must be between 0 and {MAX_TOP_K}, not {top_k}"
+    return Message("top_k must be between {} and {}, not {}", 0, MAX_TOP_K, top_k)
 
 
 def find_config(name: str | Path) -> Path:

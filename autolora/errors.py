@@ -7,18 +7,70 @@ sentence alone and exits with status 2, so a message must be able to stand witho
 import unicodedata
 
 
+class Message(str):
+    """A sentence, or part of one, with the template and the values that it is made of.
+
+    Faces translate the template; nobody has to find the values in the sentence again.
+
+    Attributes:
+        template: The sentence with ``{}`` for each value.
+        values: The values; some may be messages themselves.
+    """
+
+    template: str
+    values: tuple[object, ...]
+
+    def __new__(cls, template: str, *values: object) -> "Message":
+        """Make the sentence; a template without values is taken as it is."""
+        if isinstance(template, Message) and not values:
+            return template
+        message = super().__new__(cls, template.format(*values) if values else template)
+        message.template, message.values = template, values
+        return message
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        """Copy and pickle by template and values."""
+        return Message, (self.template, *self.values)
+
+    def sentence(self) -> "Message":
+        """Return it with a capital letter and a full stop."""
+        return Message(f"{self.template[0].upper()}{self.template[1:]}.", *self.values)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain data for JSON."""
+        values = [v.to_dict() if isinstance(v, Message) else str(v) for v in self.values]
+        return {"template": self.template, "values": values}
+
+
 class AutoLoRAError(Exception):
     """Base of all errors that a user's input can cause.
 
     Attributes:
+        what: What is wrong.
+        advice: What to do, where that is not said in `what`.
+        message: Both, as the sentence that ``str`` gives.
         where: Field of a request or configuration that is wrong, such as ``loras[1].steps``; empty
             where that is not one field.
     """
 
-    def __init__(self, sentence: str = "", *, where: str = "") -> None:
-        """Hold the sentence and its field."""
-        super().__init__(sentence)
-        self.where = where
+    def __init__(self, what: str = "", *values: object, where: str = "", advice: str = "") -> None:
+        """Make the error's sentence: ``what``, or ``what; advice``.
+
+        Args:
+            what: The sentence, or its template.
+            *values: Values for the template.
+            where: The field that is wrong.
+            advice: What to do; may be a message.
+        """
+        self.what, self.advice, self.where = Message(what, *values), Message(advice), where
+        self.message = self.what
+        if advice:
+            self.message = Message(f"{self.what.template}; {{}}", *self.what.values, self.advice)
+        super().__init__(self.message)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain data for JSON: the sentence, its field, its template and values."""
+        return {"error": str(self), "where": self.where, **self.message.to_dict()}
 
 
 class LoRAFormatError(AutoLoRAError):

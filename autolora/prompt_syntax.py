@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from autolora.errors import GenerationError, shown
+from autolora.errors import GenerationError, Message, shown
 from autolora.infotext import Parameters, copied_parameters
 from autolora.unit import LoRAUnit, unit_of_text
 
@@ -144,7 +144,10 @@ def check_text(text: str, what: str) -> str:
     """
     if len(text) > MAX_PROMPT:
         raise GenerationError(
-            f"{what} has {len(text)} characters; at most {MAX_PROMPT} are possible."
+            "{} has {} characters; at most {} are possible.",
+            Message(what),
+            len(text),
+            MAX_PROMPT,
         )
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise GenerationError(f"{what} is not valid text; save or type it as UTF-8.")

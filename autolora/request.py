@@ -19,7 +19,7 @@ from autolora.config import (
     steps_problem,
     top_k_problem,
 )
-from autolora.errors import GenerationError, shown
+from autolora.errors import GenerationError, Message, shown
 from autolora.images import GivenImages
 from autolora.prompt_syntax import parse_prompt, plain_text
 from autolora.schema import also
@@ -114,7 +114,7 @@ class GenerateRequest(BaseModel):
         for name, strength in self.strengths.items():
             check_strength(name, strength)
         if len(self.drop) > MAX_NAMES:
-            raise GenerationError(f"At most {MAX_NAMES} adapters can be left out.")
+            raise GenerationError("At most {} adapters can be left out.", MAX_NAMES, where="drop")
         return self
 
     def images(self) -> GivenImages:
@@ -305,7 +305,7 @@ def settle(config: PipelineConfig, asked: GenerateRequest) -> Request:
         _seed_problem(request.seed),
     ):
         if problem:
-            raise GenerationError(problem[0].upper() + problem[1:] + ".")
+            raise GenerationError(problem.sentence())
     check_steps(asked.loras, request.steps)
     return request
 
@@ -319,7 +319,9 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*([0-9]{1,6})(?:\s*[xX]\s*([0-9]{1,6}))?\s*", text)
     if match is None:
         raise GenerationError(
-            f"Size {shown(text, 40)!r} is not understood; write WIDTHxHEIGHT, such as 128x128."
+            "Size {} is not understood; write WIDTHxHEIGHT, such as 128x128.",
+            repr(shown(text, 40)),
+            where="size",
         )
     width, height = match.groups()
     return int(width), int(height or width)
@@ -343,10 +345,10 @@ def check_seed(seed: int) -> None:
         GenerationError: It cannot.
     """
     if problem := _seed_problem(seed):
-        raise GenerationError(f"{problem[0].upper()}{problem[1:]}.", where="seed")
+        raise GenerationError(problem.sentence(), where="seed")
 
 
-def _seed_problem(seed: int) -> str | None:
+def _seed_problem(seed: int) -> Message | None:
     if isinstance(seed, int) and 0 <= seed <= MAX_SEED:
         return None
-    return f"seed must be a whole number between 0 and {MAX_SEED}, not {seed}"
+    return Message("seed must be a whole number between 0 and {}, not {}", MAX_SEED, seed)

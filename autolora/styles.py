@@ -145,7 +145,10 @@ class Styles:
             style = read_style(Path(name).expanduser())
         if style is None:
             raise ConfigError(
-                f"There is no style {shown(name, 60)!r}; choose {', '.join(sorted(known))}."
+                "There is no style {}; choose {}.",
+                repr(shown(name, 60)),
+                ", ".join(sorted(known)),
+                where="style",
             )
         if style.problem:
             raise ConfigError(style.problem)
@@ -166,12 +169,12 @@ class Styles:
         """
         if not _NAME.fullmatch(style.name):
             raise ConfigError(
-                f"{shown(style.name, 60)!r} cannot name a style; use letters, digits and dashes, "
-                "at most 48."
+                "{} cannot name a style; use letters, digits and dashes, at most 48.",
+                repr(shown(style.name, 60)),
             )
         taken = {known.name for known in self.all()}
         if style.name == BASE or (style.name in taken and not overwrite):
-            raise ConfigError(f"There is a style {style.name!r} already; take another name.")
+            raise ConfigError("There is a style {} already; take another name.", repr(style.name))
         said = style.to_dict()
         values = {key: said[key] for key in _WRITTEN if said[key] or key == "automatic"}
         head = "# A style saved in the console; a running console sees changes made here.\n"

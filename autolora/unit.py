@@ -40,8 +40,11 @@ def check_strength(name: str, strength: float) -> float:
     """
     if not math.isfinite(strength) or abs(strength) > MAX_STRENGTH:
         raise GenerationError(
-            f"The strength {strength:g} of LoRA {shown(name, 60)!r} is out of range; "
-            f"use -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}, commonly 0.5 to 1."
+            "The strength {} of LoRA {} is out of range; use {} to {}, commonly 0.5 to 1.",
+            f"{strength:g}",
+            repr(shown(name, 60)),
+            f"-{MAX_STRENGTH:g}",
+            f"{MAX_STRENGTH:g}",
         )
     return float(strength)
 
@@ -169,8 +172,9 @@ def unit_of_text(name: str, strength: str | None) -> LoRAUnit:
         value = None if strength is None else float(strength)
     except ValueError:
         raise GenerationError(
-            f"The strength {shown(strength, 40)!r} of LoRA {shown(name, 60)!r} "
-            "is not a number; write for example 0.8."
+            "The strength {} of LoRA {} is not a number; write for example 0.8.",
+            repr(shown(strength, 40)),
+            repr(shown(name, 60)),
         ) from None
     if value is not None:
         check_strength(name, value)
@@ -200,8 +204,8 @@ def _unit(value: Any) -> Any:
         number = known.get(key)
         if isinstance(number, bool) or not isinstance(number, (int, float, type(None))):
             raise GenerationError(
-                f"The {key.replace('_', ' ')} of {shown(known.get('name', ''), 60)!r} is not a "
-                "number; write for example 0.8."
+                f"The {key.replace('_', ' ')} of {{}} is not a number; write for example 0.8.",
+                repr(shown(known.get("name", ""), 60)),
             )
     return known
 
@@ -226,7 +230,7 @@ def check_once(units: tuple[LoRAUnit, ...]) -> tuple[LoRAUnit, ...]:
     names = [unit.name for unit in units]
     for name in names:
         if names.count(name) > 1:
-            raise GenerationError(f"LoRA {shown(name, 60)!r} is given twice; give it once.")
+            raise GenerationError("LoRA {} is given twice; give it once.", repr(shown(name, 60)))
     return units
 
 
@@ -247,8 +251,11 @@ def check_steps(units: Iterable[LoRAUnit], steps: int) -> None:
     for unit in units:
         if unit.steps is not None and max(unit.steps[0], unit.steps[1] or 0) > steps:
             raise GenerationError(
-                f"LoRA {shown(unit.name, 60)!r} acts in steps {steps_text(unit.steps)}, and the "
-                f"picture has {steps}; give it steps up to {steps}, or more steps to the picture."
+                "LoRA {} acts in steps {}, and the picture has {}; give it steps up to that, or "
+                "more steps to the picture.",
+                repr(shown(unit.name, 60)),
+                steps_text(unit.steps),
+                steps,
             )
 
 
@@ -274,8 +281,10 @@ def matching_layers(unit: LoRAUnit, layers: Iterable[str]) -> list[str]:
         if not any(fnmatchcase(layer, pattern) for layer in known):
             some = ", ".join(known[:3])
             raise GenerationError(
-                f"LoRA {shown(unit.name, 60)!r} has no layer {shown(pattern, 60)!r}; its layers "
-                f"are such as {some}."
+                "LoRA {} has no layer {}; its layers are such as {}.",
+                repr(shown(unit.name, 60)),
+                repr(shown(pattern, 60)),
+                some,
             )
     return [name for name in known if any(fnmatchcase(name, pattern) for pattern in unit.layers)]
 

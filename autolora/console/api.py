@@ -33,7 +33,14 @@ from autolora.console.models import (
     read_desk,
 )
 from autolora.console.studio import Studio
-from autolora.errors import AutoLoRAError, GenerationError, LoRAFormatError, PoolError, shown
+from autolora.errors import (
+    AutoLoRAError,
+    GenerationError,
+    LoRAFormatError,
+    Message,
+    PoolError,
+    shown,
+)
 from autolora.infotext import copied_parameters
 from autolora.prompt_syntax import parse_prompt
 from autolora.request import read_request, request_error
@@ -116,8 +123,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def problem(_: Request, error: Exception) -> JSONResponse:
         status = 404 if isinstance(error, Missing) else 400
-        where = error.where if isinstance(error, AutoLoRAError) else ""
-        return JSONResponse({"error": str(error), "where": where}, status)
+        assert isinstance(error, AutoLoRAError)
+        return JSONResponse(error.to_dict(), status)
 
     def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -126,7 +133,7 @@ def add_error_handlers(app: FastAPI) -> None:
             for entry in error.errors()
         ]
         said = request_error(problems(ServerRequest, found))
-        return JSONResponse({"error": str(said), "where": said.where}, 422)
+        return JSONResponse(said.to_dict(), 422)
 
     app.add_exception_handler(AutoLoRAError, problem)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -207,7 +214,7 @@ def _add_pictures(router: APIRouter, studio: Studio) -> None:
         try:
             path = studio.pictures.get(picture).path
         except GenerationError as error:
-            raise Missing(str(error)) from error
+            raise Missing(error.message) from error
         headers = {"Cache-Control": "private, max-age=86400, immutable"}
         return FileResponse(path, media_type="image/png", headers=headers)
 
@@ -217,7 +224,7 @@ def _add_pictures(router: APIRouter, studio: Studio) -> None:
         try:
             data = studio.covers.of_picture(studio.pictures.get(picture).path)
         except (GenerationError, PoolError) as error:
-            raise Missing(str(error)) from error
+            raise Missing(error.message) from error
         headers = {"Cache-Control": "private, max-age=86400, immutable"}
         return Response(data, media_type="image/webp", headers=headers)
 
@@ -328,7 +335,7 @@ def require_pool(studio: Studio, name: str) -> Any:
     try:
         return studio.catalog.item(name)
     except PoolError as error:
-        raise Missing(str(error)) from error
+        raise Missing(error.message) from error
 
 
 SUFFIX = ".safetensors"
@@ -350,13 +357,16 @@ def check_upload_name(name: str) -> str:
     """
     if not name or _FORBIDDEN.search(name) or name.startswith(".") or not name.isprintable():
         raise PoolError(
-            f"A file cannot be added under the name {shown(name, 80)!r}; send a plain file name "
-            "without folders, such as my-style.safetensors."
+            "A file cannot be added under the name {}; send a plain file name without folders, "
+            "such as my-style.safetensors.",
+            repr(shown(name, 80)),
         )
     if not name.lower().endswith(SUFFIX) or len(name) > MAX_NAME:
         raise PoolError(
-            f"{shown(name, 80)} is not a .safetensors file; only those can be added, under names "
-            f"of at most {MAX_NAME} characters."
+            "{} is not a .safetensors file; only those can be added, under names of at most {} "
+            "characters.",
+            shown(name, 80),
+            MAX_NAME,
         )
     return name
 
@@ -404,25 +414,32 @@ def add_to_pool(file: Path, pool: Path) -> tuple[Path, tuple[str, ...]]:
 
     try:
         added = add_files(pool, [file])[0]
-    except LoRAFormatError as error:
-        raise LoRAFormatError(_for_sender(error, file, pool)) from error
-    except PoolError as error:
-        raise PoolError(_for_sender(error, file, pool)) from error
+    except (LoRAFormatError, PoolError) as error:
+        raise _for_sender(error, file, pool) from error
     return added.path, added.notes
 
 
-def _for_sender(error: AutoLoRAError, file: Path, pool: Path) -> str:
+def _for_sender(error: AutoLoRAError, file: Path, pool: Path) -> AutoLoRAError:
     """Say it to somebody who knows neither the server's folders nor the shell's options."""
-    sentence = str(error)
-    for path in (file, pool):
-        for spelling in (shown(path), str(path)):
-            sentence = sentence.replace(spelling, path.name)
-    said, _, advice = sentence.partition(";")
-    return (
-        f"{said}; rename the file to add it."
-        if "--name" in advice
-        else (f"{said}." if "--" in advice else sentence)
-    )
+    what = _without_folders(error.what, file, pool)
+    if error.where == "name":
+        return type(error)(what, advice="rename the file to add it.", where=error.where)
+    return type(error)(what if what.endswith(".") else Message(f"{what.template}.", *what.values))
+
+
+def _without_folders(message: Message, file: Path, pool: Path) -> Message:
+    """Name files in a message by their last part."""
+
+    def bare(value: object) -> str:
+        text = str(value)
+        for path in (file, pool):
+            for spelling in (shown(path), str(path)):
+                text = text.replace(spelling, path.name)
+        return text
+
+    if message.values:
+        return Message(message.template, *map(bare, message.values))
+    return Message(bare(message))
 
 
 _CHUNK = 1 << 20
@@ -467,7 +484,7 @@ def _add_browsing(router: APIRouter, studio: Studio) -> None:
         try:
             data = studio.covers.get(item, n, size)
         except PoolError as error:
-            raise Missing(str(error)) from error
+            raise Missing(error.message) from error
         headers = {"Cache-Control": "private, max-age=3600"}
         return Response(data, media_type="image/webp", headers=headers)
 

@@ -317,12 +317,48 @@ CHINESE: Mapping[str, str] = {
     "folder.": "模型库是空的；请在模型库页面添加 LoRA 文件，或放入 {}。",
     "LoRA pool {} does not exist; make it and put .safetensors files in it, or name another "
     "folder.": "还没有模型库；请在模型库页面添加 LoRA 文件，或放入 {}。",
+    # Notes on settings of other programs
+    "Not in the pool: {}.": "模型库中没有：{}。",
+    "Made by {}: these settings give a like picture, not the same.": (
+        "由 {} 生成：这些设置只能画出相似的图片。"
+    ),
+    "The picture's {}, {}, was not taken over: {}.": "图片的 {}（{}）未采用：{}。",
+    "The picture has {} steps; at most {} are drawn here.": "图片用了 {} 步；这里最多 {} 步。",
+    "{} is another file than in the picture.": "{} 与图片所用的文件不同。",
+    # What was left out of a prompt
+    "The prompt ends with settings of another program ({}); they were taken out of it and are not "
+    "used.": "提示词末尾有其他程序的设置（{}）；已去掉，未使用。",
+    "Weights of words such as {} are not known to this model; the words are read without them. A "
+    "backslash before a bracket keeps it.": (
+        "这个模型不支持 {} 这样的权重；只读取文字。在括号前加反斜杠可保留括号。"
+    ),
+    "{} is a choice; its first, {}, was taken.": "{} 是选项；取第一个 {}。",
+    "{} names a file of wildcards, which are not known here; left out.": (
+        "{} 是通配符文件，这里不支持；已去掉。"
+    ),
+    "{} means nothing here and was taken out of the prompt.": (
+        "{} 在这里没有意义，已从提示词中去掉。"
+    ),
+    "Of the tag {}, {} was not used.": "标签 {} 中的 {} 未使用。",
+    "BREAK parts prompts in other programs; left out.": "BREAK 在其他程序中用于分段；已去掉。",
+    "Pool {} has {} LoRAs that {} may mean: {}; name one of them.": (
+        "模型库（{0}）中有 {1} 个 LoRA 可能是 {2}：{3}；请指明其中一个。"
+    ),
+    "The file": "该文件",
+    # From the guard at the door
+    "The request is too large; at most {} are taken.": "请求过大；最多接受 {}。",
+}
+"""Reasons and notes, which pictures keep as sentences; they are found by what they look like."""
+
+CHINESE_ERRORS: Mapping[str, str] = {
     # What is wrong with what was asked for
     "The prompt is empty; say what the picture shall show.": "提示词是空的；请写出想画的内容。",
     "The prompt has nothing but LoRA tags; add a few words to it.": (
         "提示词里只有 LoRA 标签；请再加几个词。"
     ),
-    "The prompt has {} characters; at most {} are possible.": "提示词有 {} 个字符，最多 {} 个。",
+    "{} has {} characters; at most {} are possible.": "{}有 {} 个字符，最多 {} 个。",
+    "The prompt": "提示词",
+    "The negative prompt": "“不要出现”",
     "The tag {} is not understood; write <lora:name:strength>.": (
         "无法理解标签 {}；请写成 <lora:名称:强度>。"
     ),
@@ -390,33 +426,6 @@ CHINESE: Mapping[str, str] = {
         "文件加入模型库。"
     ),
     "The picture says nothing about how it was made.": "这张图片里没有生成信息。",
-    "Not in the pool: {}.": "模型库中没有：{}。",
-    "Made by {}: these settings give a like picture, not the same.": (
-        "由 {} 生成：这些设置只能画出相似的图片。"
-    ),
-    "The picture's {}, {}, was not taken over: {}.": "图片的 {}（{}）未采用：{}。",
-    "The picture has {} steps; at most {} are drawn here.": "图片用了 {} 步；这里最多 {} 步。",
-    "{} is another file than in the picture.": "{} 与图片所用的文件不同。",
-    # What was left out of a prompt
-    "The prompt ends with settings of another program ({}); they were taken out of it and are not "
-    "used.": "提示词末尾有其他程序的设置（{}）；已去掉，未使用。",
-    "Weights of words such as {} are not known to this model; the words are read without them. A "
-    "backslash before a bracket keeps it.": (
-        "这个模型不支持 {} 这样的权重；只读取文字。在括号前加反斜杠可保留括号。"
-    ),
-    "{} is a choice; its first, {}, was taken.": "{} 是选项；取第一个 {}。",
-    "{} names a file of wildcards, which are not known here; left out.": (
-        "{} 是通配符文件，这里不支持；已去掉。"
-    ),
-    "{} means nothing here and was taken out of the prompt.": (
-        "{} 在这里没有意义，已从提示词中去掉。"
-    ),
-    "Of the tag {}, {} was not used.": "标签 {} 中的 {} 未使用。",
-    "BREAK parts prompts in other programs; left out.": "BREAK 在其他程序中用于分段；已去掉。",
-    "Pool {} has {} LoRAs that {} may mean: {}; name one of them.": (
-        "模型库（{0}）中有 {1} 个 LoRA 可能是 {2}：{3}；请指明其中一个。"
-    ),
-    "The file": "该文件",
     # The pool's page
     "A file cannot be added under the name {}; send a plain file name without folders, such as "
     "my-style.safetensors.": (
@@ -424,17 +433,23 @@ CHINESE: Mapping[str, str] = {
     ),
     "{} is not a .safetensors file; only those can be added, under names of at most {} "
     "characters.": "{} 不是 .safetensors 文件；只能添加这种文件，文件名最多 {} 个字符。",
-    "{} is in the pool already, as {}.": "{} 已在模型库中，名为 {}。",
-    "{} cannot be added as {}: that name is there already ({}); rename the file to add it.": (
-        "不能把 {} 添加为 {}：已有同名文件（{}）；请改名后再添加。"
+    "{} is in the pool already, as {}{}.": "{} 已在模型库中，名为 {}{}。",
+    "{} cannot be added as {}: that name is there already ({}); {}": (
+        "不能把 {} 添加为 {}：已有同名文件（{}）；{}"
     ),
-    "The request is too large; at most {} are taken.": "请求过大；最多接受 {}。",
+    "rename the file to add it.": "请改名后再添加。",
+    "LoRA {} is given twice; give it once.": "LoRA {} 出现了两次；请只写一次。",
+    "LoRA {} acts in steps {}, and the picture has {}; give it steps up to that, or more steps to "
+    "the picture.": "LoRA {} 作用于第 {} 步，而图片只有 {} 步；请减小步号，或增加图片的步数。",
 }
 
-ENGLISH: Mapping[str, str] = {
+ENGLISH_ERRORS: Mapping[str, str] = {
     # What speaks of the shell, or of folders of the server, in the words of the page
     "No LoRA named {} in pool {} ({} LoRAs); {}": "There is no {0} among the pool's {2} LoRAs; {3}",
     "`autolora pool list` shows the names.": "“Add from pool” shows all of them.",
+}
+
+ENGLISH: Mapping[str, str] = {
     "LoRA pool {} has no .safetensors file that can be used; put some in it, or name another "
     "folder.": "The pool is empty; add LoRA files on its page, or put them into {}.",
     "LoRA pool {} does not exist; make it and put .safetensors files in it, or name another "
@@ -444,6 +459,8 @@ ENGLISH: Mapping[str, str] = {
     ),
 }
 
+MESSAGES: Mapping[str, Mapping[str, str]] = {"en": ENGLISH_ERRORS, "zh": CHINESE_ERRORS}
+"""Errors by language and template (`autolora.errors.Message`)."""
 PHRASES: Mapping[str, Mapping[str, str]] = {"en": ENGLISH, "zh": CHINESE}
 
 

@@ -13,11 +13,11 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autolora.errors import AutoLoRAError, GenerationError
+from autolora.errors import AutoLoRAError, GenerationError, Message
 
 MAX_WAITING = 64
 MAX_PER_OWNER = 4
@@ -60,6 +60,7 @@ class JobView:
         preview: What the task showed last.
         error: Why it failed, one sentence.
         results: Results of the finished tasks.
+        message: Template and values of `error`, for translations; empty where it has none.
     """
 
     id: int
@@ -74,6 +75,7 @@ class JobView:
     preview: Any
     error: str
     results: tuple[Any, ...]
+    message: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -182,12 +184,12 @@ class JobQueue:
             active = self._active()
             if len(active) >= self._max_waiting:
                 raise GenerationError(
-                    f"The queue is full ({len(active)} jobs); try again in a minute."
+                    "The queue is full ({} jobs); try again in a minute.", len(active)
                 )
             if sum(job.owner == owner for job in active) >= self._max_per_owner:
                 raise GenerationError(
-                    f"{self._max_per_owner} jobs of yours are in the queue already; wait for one "
-                    "of them, or stop it."
+                    "{} jobs of yours are in the queue already; wait for one of them, or stop it.",
+                    self._max_per_owner,
                 )
             job = Job(next(self._numbers), owner, tuple(tasks), kind)
             self._waiting.append(job)
@@ -242,6 +244,7 @@ class JobQueue:
                 job.preview,
                 job.error,
                 tuple(job.results),
+                job.error.to_dict() if isinstance(job.error, Message) else {},
             )
 
     def active(self) -> list[Job]:
@@ -329,7 +332,7 @@ class JobQueue:
         except JobCancelled:
             return "cancelled"
         except AutoLoRAError as error:
-            job.error = str(error)
+            job.error = error.message
             return "failed"
         except Exception as error:
             _log.exception("Job %d failed", job.id)
@@ -346,7 +349,7 @@ class JobQueue:
             other.changed()
 
 
-def unexpected(error: Exception) -> str:
+def unexpected(error: Exception) -> Message:
     """One sentence about an error that nobody thought of; its text may be a secret."""
     name = type(error).__name__
-    return f"Something unexpected went wrong ({name}); the server's log has the details."
+    return Message("Something unexpected went wrong ({}); the server's log has the details.", name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from autolora.errors import GenerationError
+from autolora.errors import GenerationError, Message
 from autolora.generate.report import Report
 from autolora.images import Control, GivenImages, read_image
 from autolora.prompt_syntax import escape, parse_prompt
@@ -81,17 +81,20 @@ class ServerRequest(GenerateRequest):
         """
         if not 1 <= self.count <= MAX_PICTURES:
             raise GenerationError(
-                f"The number of pictures must be between 1 and {MAX_PICTURES}, not {self.count}.",
+                "The number of pictures must be between {} and {}, not {}.",
+                1,
+                MAX_PICTURES,
+                self.count,
                 where="count",
             )
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
-            raise GenerationError(
-                f"Steps must be between 1 and {MAX_STEPS}, not {self.steps}.", where="steps"
-            )
+            problem = Message("steps must be between {} and {}, not {}", 1, MAX_STEPS, self.steps)
+            raise GenerationError(problem.sentence(), where="steps")
         if not RANDOM_SEED <= self.seed <= MAX_SEED - MAX_PICTURES:
             raise GenerationError(
-                "The seed must be -1 for a random one, or between 0 and "
-                f"{MAX_SEED - MAX_PICTURES}.",
+                "The seed must be -1 for a random one, or between {} and {}.",
+                0,
+                MAX_SEED - MAX_PICTURES,
                 where="seed",
             )
         self.images()
@@ -177,7 +180,7 @@ def read_desk(desk: object) -> dict[str, Any]:
     if not isinstance(desk, Mapping) or not isinstance(units, Mapping):
         raise GenerationError("The selection of adapters is not understood; reload the page.")
     if not isinstance(pinned, Mapping) or len(pinned) > MAX_UNITS:
-        raise GenerationError(f"At most {MAX_UNITS} adapters with a strength each can be chosen.")
+        raise GenerationError("At most {} adapters with a strength each can be chosen.", MAX_UNITS)
     more = {name: unit for name, unit in units.items() if isinstance(unit, Mapping)}
     loras = [{**more.get(name, {}), "name": name, "strength": s} for name, s in pinned.items()]
     fields = {key: desk[key] for key in _DESK if desk.get(key) is not None}
@@ -317,3 +320,5 @@ class Problem(BaseModel):
 
     error: str
     where: str = Field(default="", description="The field that is wrong, where it is one.")
+    template: str = Field(default="", description="The sentence with `{}` for each value.")
+    values: list[Any] = Field(default_factory=list, description="The values.")

@@ -17,7 +17,7 @@ import gradio as gr
 from autolora.config import SIZE_MULTIPLE
 from autolora.console.guard import VISIT_COOKIE
 from autolora.console.history import Picture
-from autolora.console.i18n import LABELS, LANGUAGES, PHRASES, compiled, label, language_of
+from autolora.console.i18n import LABELS, LANGUAGES, MESSAGES, PHRASES, compiled, label, language_of
 from autolora.console.jobs import JobView
 from autolora.console.models import MAX_PICTURES, MAX_STEPS, ServerRequest, desk_of, read_desk
 from autolora.console.studio import Look, Studio
@@ -60,7 +60,7 @@ class Forms:
         config = self.studio.pipe.config
         phrases = {language: compiled(known) for language, known in PHRASES.items()}
         facts = {"model": config.name, "languages": LANGUAGES}
-        return {**facts, "labels": LABELS, "phrases": phrases}
+        return {**facts, "labels": LABELS, "messages": MESSAGES, "phrases": phrases}
 
     def selection(self) -> dict[str, Any]:
         """What the desk starts with."""
@@ -115,7 +115,7 @@ class Forms:
                     first = False
                     yield stage_value(view), *buttons
         except AutoLoRAError as error:
-            yield {"state": "failed", "error": str(error), "pictures": []}, *resting
+            yield {"state": "failed", **error.to_dict(), "pictures": []}, *resting
 
     def order(self, *values: Any) -> ServerRequest:
         """Read the form.
@@ -157,9 +157,9 @@ class Forms:
         try:
             order, picture = self._restored(event, _visit(request))
         except (AutoLoRAError, TypeError, ValueError, KeyError) as error:
-            known = isinstance(error, AutoLoRAError)
-            sentence = str(error) if known else "These settings are not understood."
-            return [gr.skip()] * len(VALUES) + [{"state": "notice", "error": sentence}]
+            if not isinstance(error, AutoLoRAError):
+                error = GenerationError("These settings are not understood.")
+            return [gr.skip()] * len(VALUES) + [{"state": "notice", **error.to_dict()}]
         shown = None if picture is None else picture.to_dict()
         return [
             *form_values(self.studio, order),
@@ -189,7 +189,7 @@ class Forms:
             order = read_request(asked, ServerRequest)
             style = self.studio.save_style(_stem(name), name, order)
         except AutoLoRAError as error:
-            return {**fields, "save_as": "", "problem": str(error)}
+            return {**fields, "save_as": "", "problem": error.to_dict()}
         return {**desk_of(ServerRequest(prompt="", style=style.name)), "saved": name}
 
 
@@ -239,6 +239,7 @@ def stage_value(view: JobView) -> dict[str, Any]:
         "preview": _data_url(view.preview),
         "pictures": [picture.to_dict() for picture in pictures],
         "error": view.error,
+        **view.message,
     }
 
 
@@ -280,7 +281,7 @@ def whole_number(name: str, value: object) -> int:
     """
     number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
     if not math.isfinite(number) or number != int(number):
-        raise GenerationError(f"{name} must be a whole number, not {shown(value, 40)}.")
+        raise GenerationError(f"{name} must be a whole number, not {{}}.", shown(value, 40))
     return int(number)
 
 

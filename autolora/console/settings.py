@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autolora.console.models import MAX_STEPS, request_of_report, request_of_taken
-from autolora.errors import GenerationError, shown
+from autolora.errors import GenerationError, Message, shown
 from autolora.infotext import copied_parameters, read_parameters
 from autolora.lora.covers import picture_suffix
 
@@ -82,7 +82,9 @@ def _with_file(data: bytes, read: Any) -> Any:
         try:
             return read(path)
         except GenerationError as error:
-            raise GenerationError(str(error).replace(shown(path), "The file")) from error
+            said, here = error.message, shown(path)
+            values = [Message("The file") if value == here else value for value in said.values]
+            raise GenerationError(said.template, *values) from error
 
 
 def _own(data: bytes, pool: Pool | None) -> dict[str, Any]:

@@ -54,8 +54,9 @@ def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
         return _png_texts(data) if data.startswith(_SIGNATURE) else _exif_texts(path)
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:
         raise GenerationError(
-            f"{shown(path)} cannot be read as a PNG, JPEG or WebP picture: "
-            f"{shown(getattr(error, 'strerror', None) or error)}."
+            "{} cannot be read as a PNG, JPEG or WebP picture: {}.",
+            shown(path),
+            shown(getattr(error, "strerror", None) or error),
         ) from error
 
 

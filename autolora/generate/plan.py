@@ -106,7 +106,7 @@ def pick(
     """
     top_k = config.top_k if asked.top_k is None else asked.top_k
     if problem := top_k_problem(top_k):
-        raise GenerationError(f"{problem[0].upper()}{problem[1:]}.", where="top_k")
+        raise GenerationError(problem.sentence(), where="top_k")
     named = {unit.name: (unit, source) for unit in _resolved(asked.loras, resolve)}
     named |= {unit.name: (unit, "prompt") for unit in _resolved(tags, resolve)}
     for units, origin in ((style.loras, "style"), (config.loras, "model")):

@@ -325,7 +325,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         report = None
     if not isinstance(report, dict):
-        raise GenerationError(f"{shown(path)} holds no report; it was not made by AutoLoRA.")
+        raise GenerationError("{} holds no report; it was not made by AutoLoRA.", shown(path))
     version = report.pop("version", VERSION)
     if not isinstance(version, int) or version > VERSION:
         raise GenerationError(

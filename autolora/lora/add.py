@@ -274,9 +274,11 @@ class _Staged:
         for entry, twin in twins.find(self.weights, lora):
             if twin.is_same and not force:
                 raise PoolError(
-                    f"{shown(self.source)} is in the pool already, as {shown(entry.name)!r}"
-                    f"{_how_it_is_there(self.weights, lora, entry, twin)}; leave it out, or add it "
-                    "with --force to keep both."
+                    "{} is in the pool already, as {}{}",
+                    shown(self.source),
+                    repr(shown(entry.name)),
+                    _how_it_is_there(self.weights, lora, entry, twin),
+                    advice="leave it out, or add it with --force to keep both.",
                 )
             self.notes.append(twin.sentence)
         if twins.by_bytes:
@@ -298,14 +300,21 @@ def _check_name(folder: Path, file: Path, stem: str, entries: Iterable[PoolEntry
     bad = not stem.strip() or stem.startswith(".") or stem != stem.strip()
     if bad or not is_plain_name(stem) or _NOT_IN_NAMES & set(stem) or len(stem.encode()) > 200:
         raise PoolError(
-            f"{shown(stem)!r} cannot be a name in a pool; give another with --name, of letters, "
-            "digits, blanks, dots, dashes and underscores."
+            "{} cannot be a name in a pool",
+            repr(shown(stem)),
+            where="name",
+            advice="give another with --name, of letters, digits, blanks, dots, dashes and "
+            "underscores.",
         )
     taken = next((e for e in entries if e.path.stem.casefold() == stem.casefold()), None)
     if taken is not None:
         raise PoolError(
-            f"{shown(file)} cannot be added as {shown(stem)!r}: that name is there already "
-            f"({shown(taken.path.name)}); choose another with --name."
+            "{} cannot be added as {}: that name is there already ({})",
+            shown(file),
+            repr(shown(stem)),
+            shown(taken.path.name),
+            where="name",
+            advice="choose another with --name.",
         )
 
 

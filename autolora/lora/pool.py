@@ -21,7 +21,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autolora.errors import LoRAFormatError, PoolError, shown
+from autolora.errors import LoRAFormatError, Message, PoolError, shown
 from autolora.files import is_followed, is_plain_name
 from autolora.lora.formats import Description, describe_file
 from autolora.lora.metadata import Metadata
@@ -490,14 +490,15 @@ class Pool:
         if not found:
             folded = {known.casefold(): known for known in self._by_name}
             close = get_close_matches(name.casefold(), folded, n=3, cutoff=0.5)
-            hint = (
-                f"did you mean {', '.join(shown(folded[match]) for match in close)}?"
-                if close
-                else "`autolora pool list` shows the names."
-            )
+            known = ", ".join(shown(folded[match]) for match in close)
             raise PoolError(
-                f"No LoRA named {shown(name)!r} in pool {shown(self.folder)} "
-                f"({len(self)} LoRAs); {hint}"
+                "No LoRA named {} in pool {} ({} LoRAs)",
+                repr(shown(name)),
+                shown(self.folder),
+                len(self),
+                advice=Message("did you mean {}?", known)
+                if close
+                else "`autolora pool list` shows the names.",
             )
         return found[0]
 

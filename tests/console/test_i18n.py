@@ -7,14 +7,31 @@ import re
 import pytest
 
 from autolora.console.api import check_upload_name
-from autolora.console.i18n import CHINESE, ENGLISH, PHRASES, compiled
+from autolora.console.i18n import (
+    CHINESE,
+    CHINESE_ERRORS,
+    ENGLISH,
+    ENGLISH_ERRORS,
+    MESSAGES,
+    PHRASES,
+    compiled,
+)
 from autolora.errors import AutoLoRAError
 from tests.console.asking import ask
 
 
-def say(sentence: str, language: str = "zh") -> str:
+def say(sentence, language: str = "zh") -> str:
     """What `say` of core.js gives."""
-    for pattern, said in compiled(PHRASES[language]):
+    if not isinstance(sentence, str):
+        template, values = sentence["template"], sentence["values"]
+        said = MESSAGES.get(language, {}).get(template)
+        if said is None and "error" in sentence:
+            return say(sentence["error"], language)
+        said, places = said or template, iter(range(len(values)))
+        return re.sub(
+            r"\{(\d*)\}", lambda p: say(values[int(p[1] or next(places))], language), said
+        )
+    for pattern, said in compiled(PHRASES.get(language, {})):
         if found := re.match(pattern, sentence):
             return re.sub(r"\{(\d+)\}", lambda place: say(found[int(place[1]) + 1], language), said)
     return sentence
@@ -29,9 +46,18 @@ def test_every_part_of_a_sentence_is_kept(templates) -> None:
         found = re.match(pattern, sentence)
         assert found and found.groups() == tuple(f"<{n}>" for n in range(parts)), english
         places = {int(n) for n in re.findall(r"\{(\d+)\}", said)}
-        assert places <= set(range(parts)) and "{}" not in said, english
-        if templates is CHINESE and "No LoRA named" not in english:
-            assert places == set(range(parts)), english
+        assert places == set(range(parts)) and "{}" not in said, english
+
+
+@pytest.mark.parametrize("templates", [CHINESE_ERRORS, ENGLISH_ERRORS], ids=["zh", "en"])
+def test_every_value_of_an_error_is_kept(templates) -> None:
+    for english, other in templates.items():
+        parts = english.count("{}")
+        numbered = {int(n) for n in re.findall(r"\{(\d+)\}", other)}
+        if "No LoRA named" in english:  # the folder of the pool is nobody's business
+            assert numbered == {0, 2, 3} and parts == 4
+        else:
+            assert other.count("{}") + len(numbered) == parts, english
 
 
 def test_sentences_inside_sentences_are_translated_in_their_turn() -> None:
@@ -49,10 +75,12 @@ def test_every_reason_to_take_an_adapter_is_known(studio) -> None:
     assert all(say(why) != why for why in whys)
 
 
-def sentence_of(call) -> str:
+def sentence_of(call) -> dict:
     with pytest.raises(AutoLoRAError) as caught:
         call()
-    return str(caught.value)
+    said = caught.value.to_dict()
+    assert said["template"] in CHINESE_ERRORS, said["template"]
+    return said
 
 
 def test_what_people_do_wrong_on_the_page_is_said_in_chinese(studio) -> None:
@@ -76,6 +104,7 @@ def test_what_people_do_wrong_on_the_page_is_said_in_chinese(studio) -> None:
         sentence_of(lambda: check_upload_name("model.ckpt")),
         sentence_of(lambda: check_upload_name("../x.safetensors")),
     ]
+    sentences += [sentence_of(lambda: ask("a cat", loras=["neon", "neon"]))]
     for sentence in sentences:
         chinese = say(sentence)
         assert re.search(r"[\u4e00-\u9fff]", chinese), sentence

@@ -16,7 +16,7 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
-const labels = { all: { en: {} }, phrases: {}, language: "en" };
+const labels = { all: { en: {} }, messages: {}, phrases: {}, language: "en" };
 const listeners = new Map();
 
 export function on(name, listener) {
@@ -28,8 +28,9 @@ export function emit(name, data) {
   for (const listener of listeners.get(name) ?? []) listener(data);
 }
 
-export function setLabels(all, phrases) {
+export function setLabels(all, messages, phrases) {
   labels.all = all;
+  labels.messages = messages;
   for (const [language, pairs] of Object.entries(phrases)) {
     labels.phrases[language] = pairs.map(([pattern, said]) => [new RegExp(pattern), said]);
   }
@@ -49,14 +50,26 @@ export function t(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 
-// A sentence of the program in the language of the page; as it is where it is not known.
+// A sentence of the program in the language of the page; as it is where it is not known. An error
+// comes with its template and values, notes of pictures as they were written.
 export function say(sentence) {
+  if (typeof sentence?.template === "string") {
+    const { template, values, error } = sentence;
+    const said = labels.messages[labels.language]?.[template];
+    if (said === undefined && error) return say(error);
+    let place = 0;
+    return (said ?? template).replace(/\{(\d*)\}/g, (whole, number) => say(values[number || place++]));
+  }
+  if (sentence?.error) return say(sentence.error);
   for (const [pattern, said] of labels.phrases[labels.language] ?? []) {
     const found = pattern.exec(sentence);
     if (found) return said.replace(/\{(\d+)\}/g, (whole, group) => say(found[Number(group) + 1]));
   }
   return sentence;
 }
+
+// What an exception says, with its template where it came from the program.
+export const reason = (error) => (error.said?.error ? error.said : error.message);
 
 // What a picture of a comparison shows.
 export function caption(label) {
@@ -80,7 +93,7 @@ export async function api(path, options = {}) {
   }
   if (answer.ok) return answer;
   const data = await answer.json().catch(() => ({}));
-  throw new Error(data.error ?? `${answer.status} ${answer.statusText}`);
+  throw Object.assign(new Error(data.error ?? `${answer.status} ${answer.statusText}`), { said: data });
 }
 
 export async function getJson(path, options) {

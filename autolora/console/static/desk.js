@@ -1,6 +1,6 @@
 // Styles, and the adapters that the picture would take: found while the prompt is typed.
 
-import { api, closeButton, cover, debounce, el, getJson, icon, language, on, postJson, say, t, toast } from "./core.js";
+import { api, closeButton, cover, debounce, el, getJson, icon, language, on, postJson, reason, say, t, toast } from "./core.js";
 import { openGallery } from "./gallery.js";
 
 const DEBOUNCE = 30;
@@ -38,7 +38,7 @@ export function desk({ element, props, trigger, watch }) {
       Object.assign(state, { plan, problem: "" });
     } catch (error) {
       if (number !== state.asked) return;
-      state.problem = error.message;
+      state.problem = reason(error);
     }
     state.prompt = prompt;
     drawCards();
@@ -164,7 +164,7 @@ export function desk({ element, props, trigger, watch }) {
       trigger("restore", { order });
       for (const note of notes) toast(say(note), "info");
     } catch (error) {
-      toast(say(error.message));
+      toast(say(reason(error)));
     }
   }
 
@@ -274,7 +274,9 @@ export function desk({ element, props, trigger, watch }) {
     const pinned = { ...selection().pinned };
     if (name in pinned) delete pinned[name];
     else pinned[name] = strength;
-    change({ pinned });
+    // What more a unit of a style says, such as its steps, is pinned with it.
+    const unit = state.plan.cards.find((card) => card.name === name)?.unit ?? {};
+    change({ pinned, units: { ...selection().units, [name]: unit } });
   }
 
   function drop(name) {

@@ -1,6 +1,6 @@
 // The pool as a grid that loads page by page, in a dialog or as a part of a page.
 
-import { closeButton, cover, debounce, el, getJson, say, t } from "./core.js";
+import { closeButton, cover, debounce, el, getJson, reason, say, t } from "./core.js";
 
 const PAGE = 60;
 
@@ -40,7 +40,7 @@ export function browser(pick, chosen = () => new Set()) {
       if (page.reading) setTimeout(() => state.start <= PAGE && load(true), 1500);
     } catch (error) {
       if (number !== state.number) return;
-      problem.textContent = say(error.message);
+      problem.textContent = say(reason(error));
       problem.className = "al-problem";
       if (fresh) grid.replaceChildren();
     } finally {

@@ -28,7 +28,7 @@ function working(jobs) {
 }
 
 function header({ element, props, trigger }) {
-  setLabels(props.value.labels, props.value.phrases);
+  setLabels(props.value.labels, props.value.messages, props.value.phrases);
   applyTheme();
   const languages = Object.entries(props.value.languages);
   const queue = el("span", { class: "al-queue", role: "status" });

@@ -1,6 +1,6 @@
 // The pool's page: add files, check them, bring the index up to date, look around.
 
-import { closeButton, cover, el, emit, getJson, icon, lines, namePath, on, say, t, toast, url } from "./core.js";
+import { closeButton, cover, el, emit, getJson, icon, lines, namePath, on, reason, say, t, toast, url } from "./core.js";
 import { browser } from "./gallery.js";
 
 export function pool({ element }) {
@@ -52,7 +52,7 @@ export function pool({ element }) {
         tell(status, [t("uploaded", { name: answer.name }), ...answer.notes.map(say)].join(" "));
         added += 1;
       } catch (error) {
-        problems.push(say(error.message));
+        problems.push(say(reason(error)));
       }
     }
     if (problems.length) status.replaceChildren(...(added ? status.children : []));
@@ -71,7 +71,7 @@ export function pool({ element }) {
       request.open("POST", url("api/pool"));
       request.responseType = "json";
       request.upload.onprogress = (event) => tell(event.loaded / Math.max(1, event.total));
-      request.onload = () => (request.status < 400 ? done(request.response) : failed(new Error(request.response?.error ?? String(request.status))));
+      request.onload = () => (request.status < 400 ? done(request.response) : failed(Object.assign(new Error(request.response?.error ?? String(request.status)), { said: request.response ?? {} })));
       request.onerror = () => failed(new Error(t("lost")));
       request.send(body);
     });
@@ -95,7 +95,7 @@ export function pool({ element }) {
       grid.reload();
     } catch (error) {
       own.replaceChildren();
-      tell(own, say(error.message), true);
+      tell(own, say(reason(error)), true);
     }
   }
 
@@ -122,7 +122,7 @@ export function pool({ element }) {
       status.replaceChildren(el("div", { class: "al-row" }, el("p", { class: problems ? "al-problem" : "al-doing" }, said), el("span", { class: "al-space" }), close));
     } catch (error) {
       status.replaceChildren();
-      tell(status, say(error.message), true);
+      tell(status, say(reason(error)), true);
     }
   }
 
@@ -144,7 +144,7 @@ export function pool({ element }) {
       );
       detail.scrollIntoView({ block: "nearest", behavior: "smooth" });
     } catch (error) {
-      toast(say(error.message));
+      toast(say(reason(error)));
     }
   }
 

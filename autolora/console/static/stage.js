@@ -1,6 +1,6 @@
 // The picture: how far it is, how it looks so far, and how it was made.
 
-import { api, caption, el, emit, getJson, icon, on, say, t, toast, url } from "./core.js";
+import { api, caption, el, emit, getJson, icon, on, reason, say, t, toast, url } from "./core.js";
 import { heatmap } from "./heatmap.js";
 import { starters } from "./starters.js";
 
@@ -19,7 +19,7 @@ export function stage({ element, props, trigger, watch }) {
   function take(value) {
     if (!value) return;
     if (value.state === "notice") {
-      if (value.error) toast(say(value.error));
+      if (value.error) toast(say(value));
       else toast(t("restored"), "info");
       if (value.picture && !active()) show(value.picture);
       return;
@@ -58,7 +58,7 @@ export function stage({ element, props, trigger, watch }) {
     if (!job) parts.doing.textContent = "";
     else if (job.state === "failed") {
       parts.doing.classList.add("al-problem");
-      parts.doing.textContent = say(job.error);
+      parts.doing.textContent = say(job);
     } else if (job.state === "cancelled") parts.doing.textContent = t("stopped");
     else parts.doing.textContent = active() ? doing(job) : "";
     const part = job?.total ? job.done / job.total : 0;
@@ -189,7 +189,7 @@ export function stage({ element, props, trigger, watch }) {
       trigger("restore", { order });
       for (const note of notes) toast(say(note), "info");
     } catch (error) {
-      toast(say(error.message));
+      toast(say(reason(error)));
     }
   }
 
