@@ -10,6 +10,7 @@ import pytest
 
 from autolora.config import PipelineConfig
 from autolora.errors import AutoLoRAError
+from autolora.prompt_syntax import parse_prompt
 from autolora.request import GenerateRequest, read_request
 
 pytest.importorskip("gradio", reason="the console extra is not installed")
@@ -159,7 +160,13 @@ def picture(pipe, fields: dict[str, Any], monkeypatch) -> GenerateRequest:
     ]
     config = pipe.config
     report = plan_report(
-        settle(config, asked), PROMPT, config, asked.strategy or "gated", chosen, [], None
+        settle(config, asked),
+        parse_prompt(PROMPT).text,
+        config,
+        asked.strategy or "gated",
+        chosen,
+        [],
+        None,
     )
     written = json.loads(report.texts()["autolora"])
     return request_of_report(Report.from_dict(written))
@@ -180,6 +187,7 @@ def seen(asked: GenerateRequest, face: str) -> dict[str, Any]:
     if face == "picture":
         for name in ("retrieve", "top_k", "use_triggers"):
             del values[name]
+        values["prompt"] = parse_prompt(asked.prompt).text
         values["loras"] = [replace(u, strength=u.strength or 1.0) for u in asked.loras]
     return values
 

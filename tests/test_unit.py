@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from autolora.errors import GenerationError
 from autolora.unit import (
+    MAX_STRENGTH,
     LoRAUnit,
     acts_in,
     check_steps,
@@ -64,7 +65,7 @@ def test_a_table_of_strengths_is_units_too() -> None:
         ([{"name": "neon", "steps": "-"}], "must be such as 3-8", "[0].steps"),
         ([{"name": "neon", "steps": 0.5}], "must be such as 3-8", "[0].steps"),
         ([{"name": "neon", "strength": math.nan}], "out of range", None),
-        ([{"name": "neon", "strength": 11}], "out of range", None),
+        ([{"name": "neon", "strength": MAX_STRENGTH + 1}], "out of range", None),
         ([{"name": "neon", "strength": "much"}], "not a number", None),
         ([{"name": "neon", "strength": True}], "not a number", None),
         ([{"name": "neon", "text_encoder": math.inf}], "out of range", None),

@@ -341,10 +341,6 @@ CHINESE: Mapping[str, str] = {
     ),
     "Of the tag {}, {} was not used.": "标签 {} 中的 {} 未使用。",
     "BREAK parts prompts in other programs; left out.": "BREAK 在其他程序中用于分段；已去掉。",
-    "Pool {} has {} LoRAs that {} may mean: {}; name one of them.": (
-        "模型库（{0}）中有 {1} 个 LoRA 可能是 {2}：{3}；请指明其中一个。"
-    ),
-    "The file": "该文件",
     # From the guard at the door
     "The request is too large; at most {} are taken.": "请求过大；最多接受 {}。",
 }
@@ -358,11 +354,15 @@ CHINESE_ERRORS: Mapping[str, str] = {
     ),
     "{} has {} characters; at most {} are possible.": "{}有 {} 个字符，最多 {} 个。",
     "The prompt": "提示词",
+    "The file": "该文件",
     "The negative prompt": "“不要出现”",
     "The tag {} is not understood; write <lora:name:strength>.": (
         "无法理解标签 {}；请写成 <lora:名称:强度>。"
     ),
     "No LoRA named {} in pool {} ({} LoRAs); {}": ("模型库的 {2} 个 LoRA 中没有 {0}；{3}"),
+    "Pool {} has {} LoRAs that {} may mean: {}; name one of them.": (
+        "模型库（{0}）中有 {1} 个 LoRA 可能是 {2}：{3}；请指明其中一个。"
+    ),
     "did you mean {}?": "是不是 {}？",
     "`autolora pool list` shows the names.": "“从模型库添加”里有全部名称。",
     "The strength {} of LoRA {} is out of range; use {} to {}, commonly 0.5 to 1.": (

@@ -484,8 +484,11 @@ class Pool:
         found = self.find(name)
         if len(found) > 1:
             raise PoolError(
-                f"Pool {shown(self.folder)} has {len(found)} LoRAs that {shown(name)!r} may mean: "
-                f"{', '.join(shown(entry.name) for entry in found[:5])}; name one of them."
+                "Pool {} has {} LoRAs that {} may mean: {}; name one of them.",
+                shown(self.folder),
+                len(found),
+                repr(shown(name)),
+                ", ".join(shown(entry.name) for entry in found[:5]),
             )
         if not found:
             folded = {known.casefold(): known for known in self._by_name}
