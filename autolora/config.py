@@ -267,8 +267,9 @@ class PipelineConfig:
     loras: Units = ()
     """LoRAs that take part in every picture, unless a request turns them off."""
     text: str = "auto"
-    """What reads prompts and metadata for the search: one of `TEXTS`; ``auto`` is the checkpoint's
-    CLIP for a full-size model."""
+    """What reads prompts and metadata for the search: one of `TEXTS`, or the hub id or folder of a
+    sentence-transformers model (with a slash in it), such as a multilingual one; ``auto`` is the
+    checkpoint's CLIP for a full-size model."""
     top_k: int = 3
     """Most adapters that a prompt may take."""
     steps: int = 20
@@ -308,7 +309,7 @@ class PipelineConfig:
             ("text", TEXTS),
         ):
             value = getattr(self, key)
-            if value not in choices:
+            if value not in choices and not (key == "text" and "/" in value):
                 found.append(f"{key} must be one of {', '.join(choices)}, not {value!r}")
         found += self._storage_problems()
         for problem in (

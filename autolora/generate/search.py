@@ -194,6 +194,10 @@ class PoolSearch:
     def _text_encoder(self) -> TextEncoder:
         from autolora.families.load import quiet
 
+        if "/" in self.config.text:
+            from autolora.retrieval.text import SentenceText
+
+            return SentenceText(self.config.text)
         read = find_family(self.config.kind).read_text
         if self.config.text == "clip" and read is None:
             raise ConfigError(
@@ -226,7 +230,9 @@ class PoolSearch:
         """Trained encoders; without them only metadata is searched."""
         from autolora.retrieval import Retriever
 
-        path = self.config.encoder or shipped_encoder(self.config)
+        # The shipped one was trained on vectors of MiniLM.
+        shipped = None if "/" in self.config.text else shipped_encoder(self.config)
+        path = self.config.encoder or shipped
         return None if path is None else Retriever.load(path)
 
     def _provenance(self) -> Provenance:

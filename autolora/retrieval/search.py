@@ -238,7 +238,11 @@ class Searcher:
         # A terminal in another encoding hands over lone surrogates, which tokenizers refuse.
         prompt, negative = (t.encode("utf-8", "replace").decode() for t in (prompt, negative))
         understood = understand(prompt)
-        words = read_words(understood.text, self.names.vocabulary)
+        text = understood.text
+        if understood.language != "en" and getattr(self.text_encoder, "multilingual", False):
+            # What an encoder of several languages knows, it may know better than word by word.
+            text = text if "without" in text else f"{text}, {prompt}"
+        words = read_words(text, self.names.vocabulary)
         if negative.strip():
             left_out = read_words(understand(negative).text, self.names.vocabulary, negated=True)
             words = [*words, Word("\n", "\n", "stop"), *left_out]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from autolora.errors import RetrievalError
+from autolora.errors import RetrievalError, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -248,6 +248,78 @@ class ClipText:
                 parts.append(model(ids.to(device))[0].float().cpu())
         vectors: Tensor = torch.nn.functional.normalize(torch.cat(parts), dim=-1)
         return vectors
+
+
+_TRANSLATED = "cat/\u732b dog/Hund house/maison tree/\u00e1rbol"
+"""Words that are near to each other for an encoder that knows several languages."""
+
+
+class SentenceText:
+    """A sentence-transformers model as a `TextEncoder`, calibrated on the spot.
+
+    Args:
+        model: Hub id or folder; loaded when first needed.
+        cache_size: How many texts' vectors to keep.
+    """
+
+    def __init__(self, model: str, cache_size: int = 4096) -> None:
+        self.name = f"sentence-transformers {model}"
+        self._model_name = model
+        self._cache = VectorCache(cache_size)
+
+    @cached_property
+    def _model(self) -> Any:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise RetrievalError(
+                "Text encoders by hub id or folder need sentence-transformers; "
+                "run pip install autolora[sentences]."
+            ) from error
+        try:
+            return SentenceTransformer(self._model_name)
+        except Exception as error:
+            reason = shown(str(error).partition("\n")[0], 200)
+            raise RetrievalError(
+                f"The text encoder {shown(self._model_name)} cannot be loaded ({reason}); check "
+                "text in the configuration."
+            ) from error
+
+    @cached_property
+    def dim(self) -> int:
+        """Length of the vectors."""
+        return int(self.encode(["a"]).shape[1])
+
+    @cached_property
+    def logistic(self) -> Logistic | None:
+        """How cosines are read; None where they only order."""
+        return fit_logistic(self.encode)
+
+    @cached_property
+    def multilingual(self) -> bool:
+        """Whether it knows other languages than English, by words and their translations."""
+        measured = self.logistic
+        return measured is not None and bool(
+            _cosines(self.encode, _TRANSLATED).mean() >= measured.centre
+        )
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """Encode texts.
+
+        Args:
+            texts: n texts.
+
+        Returns:
+            Unit vectors ``[n, D]``, float32.
+        """
+        import torch
+
+        def unit(new: list[str]) -> Tensor:
+            found = self._model.encode(new, convert_to_tensor=True, show_progress_bar=False)
+            return torch.nn.functional.normalize(found.float().cpu(), dim=-1)
+
+        found = self._cache.encode(texts, unit)
+        return torch.stack(found) if found else torch.zeros(0, self.dim)
 
 
 def fit_logistic(encode: Callable[[list[str]], Tensor]) -> Logistic | None:

@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from autolora.config import PipelineConfig
-from autolora.generate.search import PoolSearch, rank
+import pytest
+
+from autolora.config import PipelineConfig, load_config
+from autolora.errors import GenerationError
+from autolora.generate.search import PoolSearch, in_english, rank
 
 
 def digest(config: PipelineConfig, sha256: str = "a", portraits: bool = True) -> str:
@@ -50,3 +53,15 @@ def test_copies_of_one_file_take_one_place() -> None:
     )
     assert [hit.name for hit in rank(searcher, "a", 5)] == ["a", "b", "c"]
     assert [hit.name for hit in rank(searcher, "a", 2)] == ["a", "b"]
+
+
+def test_prompts_of_other_languages_are_read_in_english_by_the_embedded_model() -> None:
+    notes: list[str] = []
+    tiny, flux = load_config("tiny"), load_config("flux1-dev")
+    assert in_english(tiny, "eine Katze ohne Neon", notes) == "cat, without neon" and not notes
+    assert in_english(tiny, "a cat, 8k", notes) == "a cat, 8k"
+    assert in_english(flux, "eine Katze", notes) == "eine Katze" and not notes
+    assert in_english(tiny, "eine Katze mit Schnurrbarthaaren", notes) == "cat"
+    assert notes == ["Nicht verstanden: schnurrbarthaaren."]
+    with pytest.raises(GenerationError, match="\uc774\ud574"):
+        in_english(tiny, "\ubdc1\ubdc1", notes)
