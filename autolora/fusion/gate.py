@@ -1,4 +1,4 @@
-"""The learned gate of one linear layer (AutoLoRA, section "gated fusion").
+"""Learned gates (AutoLoRA, section "gated fusion"), of a layer and of a model, and their file.
 
 Shapes: ``N`` adapters, ``T`` tokens (any leading shape), ``out`` output channels.
 
@@ -9,8 +9,6 @@ With the layer's own output ``y`` and the adapters' outputs ``l_i``::
 
 All products are elementwise over the output channels, and all parameters are shared by the
 adapters, so that one gate fuses any number of them.
-
-The gates of a whole model, and their file.
 """
 
 from __future__ import annotations

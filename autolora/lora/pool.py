@@ -1,12 +1,8 @@
-"""A folder of LoRAs.
+"""A folder of LoRAs, listed without opening a file, and a cache of the adapters used last.
 
-Listing the LoRA files of a folder, without opening any.
-
-Adapters that were read lately, kept in memory.
-
-A file is known by its path and identity (size, time of change, inode): one that was written again
-is read again. What was used longest ago is forgotten first when the budget is spent. Importing this
-does not load torch.
+The cache knows a file by its path and identity (size, time of change, inode), so that one that was
+written again is read again. Least recently used adapters go first when the budget is spent.
+Importing this module does not load torch.
 """
 
 from __future__ import annotations
