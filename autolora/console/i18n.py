@@ -1,10 +1,8 @@
-"""What the page says, in English and Chinese.
+"""The page in English and Chinese: its own labels, and sentences of the library.
 
-Sentences of the program in the language of the page.
-
-The library says everything in English, into reports and pictures too; only what the page shows is
-translated, by templates: `{}` stands for a part that is kept, or translated in its turn where it is
-a sentence of its own. What no template knows stays unchanged.
+The library says everything in English, also in reports and pictures. Only what the page shows is
+translated, by templates: `{}` stands for a part that is kept, or translated in turn where it is a
+sentence of its own. What no template knows stays unchanged.
 """
 
 from __future__ import annotations
