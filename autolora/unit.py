@@ -94,6 +94,8 @@ class LoRAUnit:
             request has text encoders changed, and not at all otherwise.
         layers: Patterns of canonical layer names, with ``*`` and ``?``; empty is all layers.
         enabled: Whether it takes part; one that is off is not found by the search either.
+        family: The base-model family that its file is for, such as ``flux2``; only needed where
+            the file itself may be for several.
     """
 
     name: str = ""
@@ -103,6 +105,7 @@ class LoRAUnit:
     text_encoder: float | None = None
     layers: Annotated[tuple[str, ...], Strict(False), BeforeValidator(_layer_patterns)] = ()
     enabled: Annotated[bool, Strict()] = True
+    family: str | None = None
 
     def __post_init__(self) -> None:
         """Name a file's unit after it, and check the numbers.

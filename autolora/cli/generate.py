@@ -413,6 +413,15 @@ StrategyName = Annotated[
         show_default=False,
     ),
 ]
+FamilyName = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        metavar="NAME",
+        help="Family of the --lora files, where they do not tell: flux1, sdxl, ...",
+        show_default=False,
+    ),
+]
 StyleName = Annotated[
     str | None,
     typer.Option(
@@ -540,6 +549,7 @@ def generate(
     no_retrieval: NoRetrieval = False,
     top_k: TopK = None,
     strategy: StrategyName = None,
+    family: FamilyName = None,
     style: StyleName = None,
     text_encoders: TextEncoders = None,
     steps: Steps = None,
@@ -569,7 +579,7 @@ def generate(
         "guidance": guidance,
         "top_k": top_k,
         "negative_prompt": negative,
-        "loras": lora or None,
+        "loras": _of_family(lora or [], family) or None,
         "retrieve": False if no_retrieval else None,
         "strategy": strategy,
         "style": style,
@@ -610,6 +620,17 @@ def generate(
     draw(pipe, job, as_json, facts.append)
     if as_json:
         print_json({"pictures": facts})
+
+
+def _of_family(texts: Sequence[str], family: str | None) -> list[Any]:
+    """Add a base-model family to LoRAs as they were typed."""
+    if family is None:
+        return list(texts)
+    from dataclasses import replace
+
+    from autolora.unit import parse_lora
+
+    return [replace(parse_lora(text), family=family) for text in texts]
 
 
 def run_batch(

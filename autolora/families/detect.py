@@ -322,6 +322,27 @@ def _solve(modules: Iterable[_Known]) -> dict[str, int] | None:
     return widths
 
 
+def choose(found: Detection, named: str) -> Detection:
+    """Take the one of several models that a text names.
+
+    Args:
+        found: What a file may be for.
+        named: What somebody calls its base model.
+
+    Returns:
+        That model, or `found` where the text names none or several of the candidates.
+    """
+    left = [
+        candidate
+        for candidate in _candidates()
+        if candidate.telling.title in found.candidates
+        and (named == candidate.name or candidate.telling.named_in(named.lower()))
+    ]
+    if len({candidate.telling.title for candidate in left}) != 1:
+        return found
+    return Detection(left[0].name, left[0].telling.title)
+
+
 def misfit(table: LayerTable, modules: Sequence[tuple[Module, Shape]], lenient: bool) -> str | None:
     """Say what is wrong with a file whose layers are not those of a family.
 

@@ -50,12 +50,14 @@ class HeaderSizes:
         width: Channels that most of its layers take.
         text_dim: Channels of the text that it reads; its width where no tensor tells.
         shapes: ``(out, in)`` of its linear layers by name.
+        weights: Shapes of all its weights that are no vectors by name.
     """
 
     parameters: int
     width: int
     text_dim: int
     shapes: dict[str, tuple[int, int]]
+    weights: dict[str, tuple[int, ...]]
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """``(out, in)`` of every linear layer by its name in the file."""
@@ -121,6 +123,11 @@ def model_sizes(family: Family, located: Mapping[str, Located]) -> ModelSizes | 
         for name, info in denoiser.items()
         if name.endswith(".weight") and len(info.shape) == 2
     }
+    weights = {
+        name.removesuffix(".weight"): info.shape
+        for name, info in denoiser.items()
+        if name.endswith(".weight") and len(info.shape) > 1
+    }
     width = Counter(inner for _, inner in linears.values()).most_common(1)[0][0]
     headers = {
         name: read_headers(there[name].paths)
@@ -130,7 +137,9 @@ def model_sizes(family: Family, located: Mapping[str, Located]) -> ModelSizes | 
     counts = {name: sum(i.size for i in found.values()) for name, found in headers.items()}
     last = [headers["vae"][n].shape[0] for n in _LAST_NORM if n in headers.get("vae", {})]
     return ModelSizes(
-        denoiser=HeaderSizes(sum(i.size for i in denoiser.values()), width, width, linears),
+        denoiser=HeaderSizes(
+            sum(i.size for i in denoiser.values()), width, width, linears, weights
+        ),
         text_encoder=counts.get("text_encoder", 0),
         text_encoder_2=counts.get("text_encoder_2", 0),
         vae=counts.get("vae", 0),

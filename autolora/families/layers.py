@@ -424,6 +424,23 @@ class LayerTable:
             for spelling in self.spellings(parsed.row, dialect)
         ]
 
+    def canonical(self, weights: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Weight shapes by canonical name.
+
+        Args:
+            weights: Shapes of a checkpoint's weights by module path, in any dialect that names
+                whole layers.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for path, (rows, *inner) in weights.items():
+            module = next(self.find(path), None)
+            if module is None or module.shares[0].row.is_norm:
+                continue
+            factors = [_factor(share.row.out(share.slices)) for share in module.shares]
+            for share, factor in zip(module.shares, factors, strict=True):
+                found[share.name(module.block)] = (rows * factor // sum(factors), *inner)
+        return {name: found[name] for name in sorted(found, key=self.sort_key)}
+
     def count(self, shapes: Mapping[str, tuple[int, int]]) -> int:
         """Weights of the model that an adapter is for.
 

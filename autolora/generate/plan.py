@@ -164,9 +164,9 @@ def load_pick(pool: Callable[[], Pool], cache: AdapterCache, entry: Pick) -> Cho
     """
     unit, hit = entry.unit, entry.hit
     if unit.path is not None and _has_file(unit):
-        lora = cache.load(unit.path, unit.name)
+        lora = cache.load(unit.path, unit.name, unit.family)
     else:
-        lora = pool().load(unit.name)
+        lora = pool().load(unit.name, unit.family)
     strength = preferred_strength(lora) if unit.strength is None else unit.strength
     if unit.layers:
         lora = lora.only(matching_layers(unit, lora.layers))

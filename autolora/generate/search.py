@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from autolora.config import PipelineConfig
 from autolora.errors import ConfigError, GenerationError
-from autolora.families.headers import model_sizes
+from autolora.families.detect import layer_table
+from autolora.families.headers import HeaderSizes, model_sizes
 from autolora.families.registry import find_family
 from autolora.runtime.checkpoints import locate, locate_part
 
@@ -183,6 +184,8 @@ class PoolSearch:
         if family.packaged is None:
             located = locate(self.config, family.parts)
             sizes = family.sizes(located) if family.sizes else model_sizes(family, located)
+            if sizes is not None and isinstance(sizes.denoiser, HeaderSizes):
+                return layer_table(family.name).canonical(sizes.denoiser.weights)
             if sizes is not None:
                 return dict(sizes.denoiser.linear_shapes())
         from autolora.fusion import layer_shapes

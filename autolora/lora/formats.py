@@ -19,6 +19,7 @@ from autolora.errors import FamilyError, LoRAFormatError, shown
 from autolora.families.detect import (
     Detection,
     Shape,
+    choose,
     detect,
     is_published,
     layer_table,
@@ -313,7 +314,7 @@ def describe(
         tensors: Element type and shape by key.
         metadata: The header's text entries.
     """
-    found = detect_family(tensors, metadata)
+    found = settled(path, detect_family(tensors, metadata))
     if found.family is None:
         error = family_error(path, found)
         title_ = found.title or " or ".join(found.candidates)
@@ -322,6 +323,23 @@ def describe(
         match.format for match in match_keys(tensors, layer_table(found.family)).values()
     )
     return Description(found.family, found.title, names.most_common(1)[0][0] if names else "")
+
+
+def settled(path: Path, found: Detection) -> Detection:
+    """Let the files beside a LoRA decide where its own names, sizes and header do not.
+
+    Args:
+        path: The file.
+        found: What it may be for.
+
+    Returns:
+        The model that its user or a model page names, where that is one of several.
+    """
+    if not found.candidates:
+        return found
+    from autolora.lora.metadata import Metadata
+
+    return choose(found, Metadata.read(path).base_model or "")
 
 
 def describe_file(path: Path) -> Description:
@@ -351,7 +369,8 @@ def family_error(path: Path, found: Detection) -> FamilyError | None:
         listed = " or ".join(f"family={name!r}" for name in found.families)
         return FamilyError(
             f"{shown(path)} may be for {' or '.join(found.candidates)}, whose layers of these "
-            f"names and sizes are alike; say which with {listed} (--family).",
+            f"names and sizes are alike; say which with {listed} (--family), or for good with "
+            f"base_model in {shown(path.stem)}.autolora.yaml.",
             candidates=found.candidates,
             families=found.families,
         )

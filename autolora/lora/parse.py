@@ -44,6 +44,7 @@ from autolora.lora.formats import (
     detect_family,
     family_error,
     match_keys,
+    settled,
     supported_titles,
 )
 from autolora.lora.load_report import LoadReport, make_report
@@ -726,7 +727,7 @@ def _family(
     Raises:
         LoRAFormatError: It is for another model, unknown, or ambiguous; the error says what to do.
     """
-    found = detect_family(header.tensors, header.metadata, wanted)
+    found = settled(path, detect_family(header.tensors, header.metadata, wanted))
     if wanted is not None:
         table = detect.layer_table(wanted)
         other = found.family is not None and not detect.shares_layers(found.family, wanted)

@@ -215,3 +215,23 @@ def test_other_names_are_not_canonical(name: str) -> None:
     table = tables()["flux1"]
     assert table.parse(name) is None
     assert table.sort_key(name) > table.sort_key("final_norm_out.linear")
+
+
+@pytest.mark.parametrize("family", ["flux2", "z_image", "sdxl"])
+def test_a_checkpoint_in_original_names_has_the_models_shapes(family: str) -> None:
+    """What a header says, in the reference code's names, is what the class has."""
+    table = tables()[family]
+    sizes = table.variants[-1]
+    with torch.device("meta"):
+        wanted = table.shapes(CLASSES[family](sizes.name))
+    weights: dict[str, tuple[int, ...]] = {"unknown.layer": (3, 3)}
+    for path, shares in table.modules("original").items():
+        row = shares[0].row
+        if row.is_norm:
+            continue
+        outs = [share.row.out(share.slices).value(sizes.widths) for share in shares]
+        inner = row.inputs.value(sizes.widths) if row.inputs else None
+        for block in range(sizes.blocks.get(row.group, 1)):
+            shape = (sum(outs), inner, *row.kernel)  # type: ignore[arg-type]
+            weights[path.replace("{i}", str(block))] = shape  # type: ignore[assignment]
+    assert table.canonical(weights) == wanted

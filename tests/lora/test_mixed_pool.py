@@ -244,6 +244,27 @@ def test_ambiguous_files_say_what_they_may_be(mixed):
                 assert pool.load(name, family).family == family
 
 
+@pytest.mark.parametrize(
+    ("beside", "text"),
+    [
+        (".autolora.yaml", "base_model: FLUX.2"),
+        (".autolora.yaml", "base_model: flux2"),
+        (".civitai.info", '{"baseModel": "Flux.2 Klein 4B", "trainedWords": []}'),
+    ],
+)
+def test_a_word_beside_the_file_decides(tmp_path, beside, text):
+    path = tmp_path / "a.safetensors"
+    save_file(spelled(bfl(3072, 0), "diffusion_model."), path)
+    with pytest.raises(FamilyError, match=r"base_model in a\.autolora\.yaml"):
+        LoRA.load(path)
+    (tmp_path / f"a{beside}").write_text(text)
+    assert LoRA.load(path).family == "flux2"
+    assert Pool(tmp_path).families() == {"FLUX.2": ["a"]}
+    (tmp_path / "a.autolora.yaml").write_text("base_model: SDXL")
+    with pytest.raises(FamilyError):
+        LoRA.load(path)
+
+
 def test_other_models_are_named_and_left_out(mixed):
     pool, wanted = mixed
     supported = {"FLUX.1": "flux1", "FLUX.2": "flux2", "Z-Image": "z_image"}

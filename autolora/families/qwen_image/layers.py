@@ -51,4 +51,4 @@ LAYERS = LayerTable(
 )
 """Qwen-Image, 2512, Edit and Layered: one architecture."""
 
-TELLING = Telling("Qwen-Image", (r"qwen[-_. ]?image",))
+TELLING = Telling("Qwen-Image", (r"qwen[-_. ]?image", r"^qwen$"))
