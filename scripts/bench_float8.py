@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from autolora.config import load_config
 from autolora.families.load import load_pipeline
-from autolora.runtime.float8 import KERNEL, multiply, widen
+from autolora.runtime.float8 import KERNEL, convert, multiply
 
 NUMBERS = 2**24
 STORAGES = {
@@ -57,15 +57,17 @@ def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
 
 def widening(repeats: int) -> dict[str, Any]:
     """G numbers a second by the kernel and by PyTorch, and the kernel's time over a copy's."""
+    library = KERNEL.get()
+    if library is None:
+        return {}
     result = {}
     for stored in (torch.float8_e4m3fn, torch.float8_e5m2):
         numbers = torch.randint(0, 120, (NUMBERS,), dtype=torch.uint8).view(stored)
         for dtype in (torch.bfloat16, torch.float32):
-            source = torch.zeros(NUMBERS, dtype=dtype)
-            target = torch.empty_like(source)
+            source, target = torch.zeros(NUMBERS, dtype=dtype), torch.zeros(NUMBERS, dtype=dtype)
             calls = {
-                "kernel": lambda n=numbers, d=dtype: widen(n, d),
-                "PyTorch": lambda n=numbers, d=dtype: n[: NUMBERS // 16].to(d),
+                "kernel": lambda n=numbers, t=target: convert(library, n, t, 1),
+                "PyTorch": lambda n=numbers, t=target: t[: NUMBERS // 16].copy_(n[: NUMBERS // 16]),
                 "copy": lambda s=source, t=target: t.copy_(s),
             }
             times = rounds(calls, repeats)

@@ -26,8 +26,8 @@ from autolora.c_library import CLibrary
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
-BLOCK_BYTES = 2**20
-"""Widened bytes per thread that are multiplied at once: about a second-level cache."""
+BLOCK_BYTES = 2**21
+"""Widened bytes per thread that are multiplied at once: what caches hold, and products like."""
 
 _ROWS = 64  # of a block at least, and a block's rows are a multiple: what products like
 _WIDE = (torch.float32, torch.bfloat16)
@@ -45,13 +45,14 @@ def _agrees(library: ctypes.CDLL) -> bool:
     for stored in map(numbers.view, FLOAT8_TYPES):
         for dtype in _WIDE:
             widened = torch.empty(stored.shape, dtype=dtype, device="cpu")
-            _call(library, stored, widened, 1)
+            convert(library, stored, widened, 1)
             if not torch.allclose(widened, stored.to(dtype), 0.0, 0.0, equal_nan=True):
                 return False
     return True
 
 
-def _call(library: ctypes.CDLL, stored: Tensor, widened: Tensor, threads: int) -> None:
+def convert(library: ctypes.CDLL, stored: Tensor, widened: Tensor, threads: int) -> None:
+    """Widen into memory that is there; both contiguous, of one size, on the CPU."""
     library.autolora_widen(
         stored.data_ptr(), widened.data_ptr(), stored.numel(),
         stored.dtype is torch.float8_e5m2, widened.dtype is torch.bfloat16, threads,
@@ -72,7 +73,7 @@ def widen(stored: Tensor, dtype: torch.dtype) -> Tensor:
     library = KERNEL.get() if _served(stored, dtype) else None
     if library is None:
         return widened.copy_(stored)
-    _call(library, stored.contiguous(), widened, torch.get_num_threads())
+    convert(library, stored.contiguous(), widened, torch.get_num_threads())
     return widened
 
 
@@ -146,7 +147,7 @@ def multiply(library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | Non
     rows = BLOCK_BYTES * threads // (inner * dtype.itemsize)
     if rows >= out:
         wide = _buffer("weight", (out, inner), dtype)
-        _call(library, weight, wide, threads)
+        convert(library, weight, wide, threads)
         return F.linear(x, wide, bias)
     rows = max(rows // _ROWS, 1) * _ROWS
     flat = x.reshape(-1, inner)
@@ -154,7 +155,7 @@ def multiply(library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | Non
     for start in range(0, out, rows):
         end = min(start + rows, out)
         wide = _buffer("weight", (end - start, inner), dtype)
-        _call(library, weight[start:end], wide, threads)
+        convert(library, weight[start:end], wide, threads)
         if bias is None:
             torch.mm(flat, wide.T, out=y[:, start:end])
         else:
@@ -164,7 +165,7 @@ def multiply(library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 def _widen_into(library: ctypes.CDLL, stored: Tensor, widened: Tensor) -> None:
     if stored.dtype in FLOAT8_TYPES:
-        _call(library, stored.contiguous(), widened, 1)
+        convert(library, stored.contiguous(), widened, 1)
     else:
         widened.copy_(stored)
 
