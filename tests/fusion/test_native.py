@@ -188,7 +188,7 @@ def test_a_layer_laid_out_is_the_equation_in_float64(tokens, inputs, channels, r
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tokens", "inputs", "channels", "ranks"),
-    [*SIZES, (9, 31, 40, [33, 2, 17]), (2, 64, 96, [300])],
+    [*SIZES, (9, 31, 40, [33, 2, 17]), (2, 64, 96, [300]), (5, 1030, 600, [2, 20])],
 )
 @torch.no_grad()
 def test_adapters_are_read_where_they_are(tokens, inputs, channels, ranks, dtype, kept):
@@ -213,6 +213,21 @@ def test_adapters_are_read_where_they_are(tokens, inputs, channels, ranks, dtype
         bound = (2e-5 if channels > 2 else 1e-3) if dtype == torch.float32 else 1e-2
         assert (fused.double() - truth).norm() <= bound * truth.norm()
         assert torch.equal(layer_of(y, x)[0], fused)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_small_layer_serves_both_types_in_turn():
+    factors = random_factors([5, 9], 21, 50, torch.Generator().manual_seed(4))
+    gate = random_gate(50, torch.Generator().manual_seed(1)).requires_grad_(False)
+    terms = gate.terms(torch.float32, CPU)
+    x, y = torch.randn(3, 21), torch.randn(3, 50)
+    for order in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        layer_of = native.prepare_adapters(factors, [1.0, 0.5], terms)
+        for dtype in order * 2:
+            alone = native.prepare_adapters(factors, [1.0, 0.5], terms)
+            again, _ = layer_of(y.to(dtype), x.to(dtype))
+            assert torch.equal(again, alone(y.to(dtype), x.to(dtype))[0])
 
 
 @needs_compiler

@@ -76,6 +76,8 @@ typedef struct {
 typedef struct {
     const adapter *adapters;
     const float *base_weight, *base_bias, *coef_weight, *coef_bias, *out_weight; /* or null */
+    float *room;    /* for packed factors that stay from call to call, or null */
+    int64_t *state; /* of the room: 0 before, 1 floats, 2 pairs */
     int64_t inputs, channels, count;
     float eps_base, eps_lora;
 } layer;
@@ -95,6 +97,7 @@ typedef struct {
        output. Of every adapter of every token: what B h must lose to be the normalised output n;
        n deviations + means is the output. */
     float *centres, *scales, *hidden, *shifts, *deviations, *means;
+    float *all_ups; /* of all channels, WIDTH at a time, where the layer has room; or null */
     float *partial, *ups; /* room for one work item's up-projections per thread */
 } call;
 
@@ -699,8 +702,8 @@ static void gather(const call *k, int64_t c, int64_t width, float *up, columns *
         cols->coef_bias[j] = there ? MINUS_LOG2_E * l->coef_bias[c + j] : 0;
         cols->out_weight[j] = there ? l->out_weight[c + j] : 0;
     }
-    cols->up = up;
-    pack_up(k, c, width, up);
+    cols->up = k->all_ups ? k->all_ups + c * k->ranks : up;
+    if (!k->all_ups) pack_up(k, c, width, up);
 }
 
 /* One work item: GROUP tokens and CHUNK channels. The constants of a few channels stay in the
@@ -735,8 +738,9 @@ static void *lay_out(call *k, int64_t partials, int64_t threads) {
         k->ranks += padded, squares += padded * padded, centred |= l->adapters[i].centred;
     }
     const int64_t R = k->ranks, has_down = N && l->adapters[0].down;
-    const int64_t inputs = has_down ? l->inputs + 1 : 0;
     k->paired = PAIRS && k->half && has_down && !centred;
+    const int stays = l->room && (*l->state == 0 || *l->state == 1 + k->paired);
+    const int64_t inputs = has_down && !stays ? l->inputs + 1 : 0;
     const int64_t floats = inputs * R + R + squares + T * (2 + R + 3 * N) +
                            threads * R * WIDTH + partials;
     char *memory = malloc(64 + 8 * (size_t)(2 * N + 1) + 4 * (size_t)floats);
@@ -750,6 +754,10 @@ static void *lay_out(call *k, int64_t partials, int64_t threads) {
     }
     float *rest = (float *)(((uintptr_t)(k->squares + N) + 63) & ~(uintptr_t)63);
     k->down = has_down ? rest : 0, rest += inputs * R;
+    if (stays) {
+        k->down = (float *)(((uintptr_t)l->room + 63) & ~(uintptr_t)63);
+        k->all_ups = k->down + (l->inputs + 1) * R;
+    }
         k->mean = rest, rest += R, k->covariance = rest, rest += squares;
     k->hidden = rest, rest += T * R, k->ups = rest, rest += threads * R * WIDTH;
     k->centres = rest, rest += T, k->scales = rest, rest += T, k->shifts = rest, rest += T * N;
@@ -770,13 +778,21 @@ int autolora_fuse(const layer *l, const void *y, const void *x, void *fused, dou
     float *partial = k.partial;
     memset(partial, 0, sizeof(float) * (size_t)partials);
     const int64_t work = T * (l->channels * (N * 8 + k.ranks) + (k.down ? l->inputs * k.ranks : 0));
-    const int64_t blocks = k.down ? (l->inputs + PAD - 1) / PAD : 0; /* with pairs, half of them */
+    const int packed = k.all_ups && *l->state;
+    /* With pairs, half of them. */
+    const int64_t blocks = k.down && !packed ? (l->inputs + PAD - 1) / PAD : 0;
+    const int64_t columns = k.all_ups && !packed ? (l->channels + WIDTH - 1) / WIDTH : 0;
     if (work < LEAST_WORK) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < N; i++)
             if (l->base_weight) pack_statistics(&k, i);
+#pragma omp for schedule(static) nowait
+        for (int64_t j = 0; j < columns; j++) {
+            const int64_t c = j * WIDTH, left = l->channels - c;
+            pack_up(&k, c, left < WIDTH ? left : WIDTH, k.all_ups + c * k.ranks);
+        }
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; b++)
             if (!k.paired || 2 * b < blocks) pack_down(&k, b);
@@ -791,6 +807,7 @@ int autolora_fuse(const layer *l, const void *y, const void *x, void *fused, dou
         for (int64_t i = 0; i < items; i++)
             item(&k, i / chunks, i % chunks, up, gate_sums ? partial + i * N : 0);
     }
+    if (k.all_ups) *l->state = 1 + k.paired;
     for (int64_t n = 0; gate_sums && n < N; n++) {
         gate_sums[n] = 0;
         for (int64_t i = 0; i < items; i++) gate_sums[n] += partial[i * N + n];

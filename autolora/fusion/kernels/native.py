@@ -35,11 +35,17 @@ from autolora.fusion.packed import (
 MAX_ROWS = 4096
 """Most ranks of a layer's adapters together that the kernel takes."""
 
+SMALL_WEIGHT = 2**19
+"""Numbers of a weight beside which factors are kept in the order of the products as well."""
+ROOM_BYTES = 2**20
+"""Most bytes that they may take per layer."""
+
 _DTYPES = (torch.float32, torch.bfloat16)
+_PAD, _WIDTH = 16, 32  # of gated.c, at most
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # ``adapter`` and ``layer`` of gated.c. Packed by hand: ctypes' structures cost more than a switch.
 _ADAPTER = struct.Struct("@PPPPqqiiif0q")
-_LAYER = struct.Struct("@PPPPPPqqqff0q")
+_LAYER = struct.Struct("@PPPPPPPPqqqff0q")
 
 
 def available() -> bool:
@@ -137,7 +143,7 @@ def prepare_adapters(
         adapters.append(_Adapter(_readable(a), _readable(b), mean, covariance, strength))
     layer = PreparedLayer.__new__(PreparedLayer)
     (a, b), *_ = factors
-    layer._lay_out(library, adapters, terms, a.shape[1], b.shape[0])
+    layer._lay_out(library, adapters, terms, a.shape[1], b.shape[0], keep=True)
     return layer
 
 
@@ -188,6 +194,15 @@ def _unpacked(down: Tensor | None, ups: UpProjections | Tensor) -> Iterator[_Ada
         yield _Adapter(own, ups.centred[rows], *statistics, strength, centred=True)
 
 
+def _room(adapters: Sequence[_Adapter], inputs: int, channels: int) -> Tensor | None:
+    """Return memory for a small layer's factors, their ranks and channels in whole vectors."""
+    ranks = sum(-(-one.up.shape[1] // _PAD) * _PAD for one in adapters)
+    floats = ranks * (inputs + 1 + -(-channels // _WIDTH) * _WIDTH) + _PAD
+    if inputs * channels > SMALL_WEIGHT or 4 * floats > ROOM_BYTES:
+        return None
+    return torch.empty(floats, dtype=torch.float32, device="cpu")
+
+
 class PreparedLayer:
     """One layer laid out for the kernel, which then takes only the input and the base output.
 
@@ -221,6 +236,7 @@ class PreparedLayer:
         terms: GateTerms | None,
         inputs: int,
         channels: int,
+        keep: bool = False,
     ) -> None:
         self._count = 0 if terms is None else len(adapters)
         self._inputs, self._channels = inputs, channels
@@ -229,10 +245,14 @@ class PreparedLayer:
             gate = (terms.base_weight, terms.base_bias, terms.coef_weight, terms.coef_bias)
             gate = tuple(vector.contiguous() for vector in (*gate, terms.out))
         own = ctypes.create_string_buffer(b"".join([one.packed() for one in adapters]))
+        room = _room(adapters, inputs, channels) if keep else None
+        state = ctypes.c_int64(0)
         constants = ctypes.create_string_buffer(
             _LAYER.pack(
                 ctypes.addressof(own),
                 *([vector.data_ptr() for vector in gate] or [0] * 5),
+                0 if room is None else room.data_ptr(),
+                ctypes.addressof(state),
                 inputs,
                 channels,
                 len(adapters),
@@ -240,7 +260,7 @@ class PreparedLayer:
                 0.0 if terms is None else terms.eps_lora,
             )
         )
-        self._held = (own, constants, adapters, gate)
+        self._held = (own, constants, adapters, gate, room, state)
         self._address = ctypes.addressof(constants)
         self._function = library.autolora_fuse
 
