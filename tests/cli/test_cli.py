@@ -67,7 +67,7 @@ def test_search_prints_a_table_or_json(home: Path, capsys) -> None:
     assert status == 0
     lines = out.splitlines()
     assert lines[0].split() == ["adapter", "score", "why"]
-    assert lines[1].split()[:3] == ["*", "neon", "1.00"] and len(lines) == 3
+    assert lines[1].split()[:3] == ["*", "neon", "0.98"] and len(lines) == 3
     rows = json.loads(run(capsys, "search", "a cat <lora:rocket>", "--json")[1])
     assert {row["name"] for row in rows if row["chosen"]} == {"rocket"}
     rows = json.loads(run(capsys, "search", "a neon thing", "--json")[1])
