@@ -149,3 +149,16 @@ def test_what_is_installed_is_what_the_ranges_say() -> None:
             except PackageNotFoundError:
                 continue
             assert installed in requirement.specifier, f"{requirement}: {installed} is installed"
+
+
+def test_every_option_of_a_program_says_what_it_is() -> None:
+    silent = [
+        f"{relative(file)}:{node.lineno}"
+        for file in sources("train")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "add_argument"
+        and not any(keyword.arg == "help" for keyword in node.keywords)
+    ]
+    assert not silent

@@ -328,10 +328,10 @@ def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Paramete
 def main() -> None:
     """Parses the command line, trains, prints the losses as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=None)
-    parser.add_argument("--pool")
-    parser.add_argument("--out")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--config", type=Path, help="YAML file with the settings")
+    parser.add_argument("--pool", help="folder of LoRAs to train on")
+    parser.add_argument("--out", help="file of gates to write")
+    parser.add_argument("--steps", type=int, help="optimizer steps")
     args = parser.parse_args()
     overrides = {"pool": args.pool, "out": args.out, "steps": args.steps}
     try:

@@ -164,7 +164,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="side of the training pictures")
     for item in fields(LoRATrainConfig):
         kind = type(item.default)
-        parser.add_argument(f"--{item.name.replace('_', '-')}", type=kind, default=item.default)
+        name = f"--{item.name.replace('_', '-')}"
+        told = f"{item.metadata['help']} ({item.default})"
+        parser.add_argument(name, type=kind, default=item.default, help=told)
     args = parser.parse_args()
     try:
         config = LoRATrainConfig(**{f.name: getattr(args, f.name) for f in fields(LoRATrainConfig)})

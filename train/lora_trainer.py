@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ LAYER_CHOICES: dict[str, tuple[str, ...]] = {
 """Which layers are left out, by a part of their names: modulations, the text's feed-forward."""
 
 
+def told(default: Any, help: str) -> Any:
+    """A field with its default, and with what a command line says of it."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class LoRATrainConfig:
     """How LoRAs are trained.
@@ -41,16 +46,16 @@ class LoRATrainConfig:
         ConfigError: Naming every value that is out of range.
     """
 
-    steps: int = 120  # optimizer steps
-    batch: int = 8  # samples of each LoRA per step
-    rank: int = 4
-    lr: float = 4e-3
-    warmup: int = 10
-    empty_prompts: float = 0.05  # share of samples trained without a caption
-    sigma_mean: float = 0.6  # of the logit-normal noise levels
-    sigma_std: float = 1.2
-    layers: str = "light"  # which Linear layers of the blocks are adapted: see LAYER_CHOICES
-    seed: int = 0
+    steps: int = told(120, "optimizer steps")
+    batch: int = told(8, "samples of each LoRA per step")
+    rank: int = told(4, "rank of the factors")
+    lr: float = told(4e-3, "learning rate after the warm-up")
+    warmup: int = told(10, "steps in which the learning rate rises")
+    empty_prompts: float = told(0.05, "share of samples trained without a caption")
+    sigma_mean: float = told(0.6, "mean of the logit-normal noise levels")
+    sigma_std: float = told(1.2, "deviation of the logit-normal noise levels")
+    layers: str = told("light", f"linear layers of the blocks: {', '.join(LAYER_CHOICES)}")
+    seed: int = told(0, "seed of everything drawn at random")
 
     def __post_init__(self) -> None:
         problems = [

@@ -71,10 +71,11 @@ def index(
         state = pipe.index(rebuild, bar.update)
     report = state.report
     if as_json:
-        print_json({"index": str(pipe.config.index), "loras": state.size, **vars(report)})
+        facts = {**vars(report), "encoded": state.encoded, "kept": state.kept}
+        print_json({"index": str(pipe.config.index), "loras": state.size, **facts})
         return
     typer.echo(
-        f"{state.size} LoRAs in {pipe.config.index} ({len(report.encoded)} encoded, "
-        f"{report.kept} kept, {len(report.removed)} removed)"
+        f"{state.size} LoRAs in {pipe.config.index} ({len(state.encoded)} encoded, {state.kept} "
+        f"kept); {len(report.removed)} files removed, {len(report.left_out)} left out"
     )
     print_notes([f"Left out: {reason}" for reason in report.left_out.values()])

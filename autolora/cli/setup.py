@@ -58,6 +58,15 @@ def init(
             show_default=False,
         ),
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text",
+            metavar="NAME",
+            help="What reads prompts for the search: auto, clip (the checkpoint's) or minilm.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="File to write; NAME.yaml here without it."),
@@ -68,6 +77,8 @@ def init(
     from autolora.config import write_config
 
     values = _values(pool, model, weights)
+    if text is not None:
+        values["text"] = text
     target = (out or Path(f"{Path(model).stem}-mine.yaml")).expanduser()
     values["name"] = target.stem
     values["index"] = f"index/{target.stem}"
@@ -82,7 +93,6 @@ def init(
                 f"When that is done: autolora index --model {target}",
             ]
         )
-        raise typer.Exit(FOUND_PROBLEMS) from error
     if config.kind != "tiny":
         print_notes([f"See what is missing and what fits with: autolora doctor --model {target}"])
 

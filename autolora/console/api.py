@@ -11,8 +11,9 @@ import base64
 import json
 import re
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -219,10 +220,11 @@ def _add_pictures(router: APIRouter, studio: Studio) -> None:
         return FileResponse(path, media_type="image/png", headers=headers)
 
     @router.get("/pictures/{picture}/small", response_class=Response, responses=_MISSING)
-    def small_picture(picture: str) -> Response:
+    async def small_picture(picture: str) -> Response:
         """Return a picture as a small WebP picture."""
         try:
-            data = studio.covers.of_picture(studio.pictures.get(picture).path)
+            path = studio.pictures.get(picture).path
+            data = await _decoded(studio, partial(studio.covers.of_picture, path))
         except (GenerationError, PoolError) as error:
             raise Missing(error.message) from error
         headers = {"Cache-Control": "private, max-age=86400, immutable"}
@@ -476,13 +478,13 @@ def _add_browsing(router: APIRouter, studio: Studio) -> None:
         return StreamingResponse(_check(studio, deep), media_type=NDJSON)
 
     @router.get("/cover/{name:path}", response_class=Response, responses=_MISSING)
-    def cover(
+    async def cover(
         name: str, n: Annotated[int, Query(ge=0)] = 0, size: Annotated[int, Query(ge=1)] = 256
     ) -> Response:
         """Return a cover of a LoRA as a small WebP picture."""
-        item = require_pool(studio, name)
+        item = await asyncio.to_thread(require_pool, studio, name)
         try:
-            data = studio.covers.get(item, n, size)
+            data = await _decoded(studio, partial(studio.covers.get, item, n, size))
         except PoolError as error:
             raise Missing(error.message) from error
         headers = {"Cache-Control": "private, max-age=3600"}
@@ -495,6 +497,11 @@ def _add_browsing(router: APIRouter, studio: Studio) -> None:
         metadata = studio.pipe.pool.metadata(name)
         facts = {key: value for key, value in metadata.to_dict().items() if key != "covers"}
         return {**facts, **item.to_dict()}
+
+
+async def _decoded(studio: Studio, make: Callable[[], bytes]) -> bytes:
+    """Make a small picture in the threads that are there for it, so that others stay free."""
+    return await asyncio.get_running_loop().run_in_executor(studio.covers.threads, make)
 
 
 def _check(studio: Studio, deep: bool) -> Iterator[bytes]:

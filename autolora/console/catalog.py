@@ -14,6 +14,7 @@ import io
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -322,7 +323,13 @@ def _format(path: Path) -> tuple[str, str]:
 
 
 SIZES = (96, 256, 768)
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = 36_000_000
+"""Largest cover that is decoded; at most 8 bytes a pixel are held meanwhile."""
+LARGE_PIXELS = 4_000_000
+"""Pictures above this are decoded one at a time, whoever asks."""
+DECODERS = 2
+"""Threads that decode pictures, apart from those that answer."""
+_large = threading.Lock()
 MAX_COVER_BYTES = 64 << 20
 MEMORY = 600
 _KINDS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -338,6 +345,7 @@ class Covers:
             folder: Where small covers are kept; safe to delete.
         """
         self.folder = folder
+        self.threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="covers")
         self._memory: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -437,14 +445,25 @@ def _small(data: bytes, side: int, name: str) -> bytes:
         with Image.open(io.BytesIO(data), formats=_KINDS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise PoolError(f"The picture of {shown(name)!r} has too many pixels to be shown.")
+            # JPEG is decoded at the size that is needed; others are shrunk before they are copied.
             picture.draft("RGB", (side, side))
-            small = _on_paper(ImageOps.exif_transpose(picture))
-            small.thumbnail((side, side))
+            large = picture.width * picture.height > LARGE_PIXELS
+            with _large if large else contextlib.nullcontext():
+                small = _shrunk(picture, side)
+            small = _on_paper(ImageOps.exif_transpose(small))
             out = io.BytesIO()
             small.save(out, format="WEBP", quality=86, method=2)
             return out.getvalue()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise PoolError(f"The picture of {shown(name)!r} is none that can be shown.") from error
+
+
+def _shrunk(picture: Image, side: int) -> Image:
+    """The first frame of a picture, small, with its own colours and transparency."""
+    if picture.mode not in ("RGB", "RGBA", "L", "LA"):
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    picture.thumbnail((side, side))
+    return picture
 
 
 def _on_paper(picture: Image) -> Image:

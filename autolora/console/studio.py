@@ -297,7 +297,8 @@ class Studio:
         self.problem, self._failed = "", None
         self.desk.use(state)
         self.catalog.refresh()
-        return {"loras": state.size, **vars(state.report)}
+        counts = {"loras": state.size, "encoded": state.encoded, "kept": state.kept}
+        return {**vars(state.report), **counts}
 
     def warm_up(self) -> None:
         """Queue what makes the first picture slow: the index, the base model."""

@@ -50,6 +50,16 @@ class IndexState:
         """Number of LoRAs that can be found."""
         return len(self.searcher.index)
 
+    @property
+    def encoded(self) -> list[str]:
+        """LoRAs that can be found and were opened for that; files left out do not count."""
+        return [name for name in self.report.encoded if name not in self.report.left_out]
+
+    @property
+    def kept(self) -> int:
+        """How many LoRAs that can be found were taken over, or are copies of one encoded now."""
+        return self.size - len(self.encoded)
+
 
 MORE_FOR_COPIES = 4
 

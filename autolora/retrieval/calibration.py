@@ -72,11 +72,16 @@ def standard_scores(text: Tensor, lora: Tensor, background: Tensor, references: 
     similarity = text @ lora.T
     of_lora = lora @ background.T
     of_text = text @ references.T
-    by_lora = (similarity - of_lora.mean(1)) / of_lora.std(1).clamp_min(_TINY)
-    by_text = (similarity - of_text.mean(1, keepdim=True)) / of_text.std(1, keepdim=True).clamp_min(
-        _TINY
-    )
+    by_lora = (similarity - of_lora.mean(1)) / _deviation(of_lora).clamp_min(_TINY).T
+    by_text = (similarity - of_text.mean(1, keepdim=True)) / _deviation(of_text).clamp_min(_TINY)
     return torch.stack([by_lora, by_text], -1)
+
+
+def _deviation(similarity: Tensor) -> Tensor:
+    """Standard deviation of each row, ``[rows, 1]``; 0 of a single value, which has none."""
+    if not len(similarity) or similarity.shape[1] < 2:
+        return torch.zeros(len(similarity), 1)
+    return similarity.std(1, keepdim=True)
 
 
 def explain_away(log_odds: Tensor, known: Tensor) -> Tensor:

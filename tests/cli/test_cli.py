@@ -77,12 +77,14 @@ def test_search_prints_a_table_or_json(home: Path, capsys) -> None:
 def test_index_is_built_kept_and_rebuilt(home: Path, capsys) -> None:
     (home / "pool" / "broken.safetensors").write_bytes(b"x")
     status, out, err = run(capsys, "index")
-    assert status == 0 and "3 LoRAs" in out and "4 encoded" in out
+    assert status == 0 and "3 LoRAs" in out and "3 encoded, 0 kept" in out
+    assert "0 files removed, 1 left out" in out
     assert "Left out" in err and "broken.safetensors" in err
-    assert "4 kept" in run(capsys, "index")[1]
+    assert "0 encoded, 3 kept" in run(capsys, "index")[1]
     assert "cannot be searched: 1; `autolora index`" in run(capsys, "search", "a rocket")[2]
     facts = json.loads(run(capsys, "index", "--rebuild", "--json")[1])
-    assert facts["loras"] == 3 and list(facts["left_out"]) == ["broken"]
+    assert facts["loras"] == len(facts["encoded"]) == 3 and facts["kept"] == 0
+    assert list(facts["left_out"]) == ["broken"]
 
 
 def test_pool_commands(home: Path, capsys) -> None:

@@ -81,7 +81,7 @@ def test_init_writes_a_commented_configuration_and_indexes(
 def test_init_for_flux_says_that_files_are_missing(tmp_path: Path, make_pool, capsys) -> None:
     target = tmp_path / "sub" / "artist.yaml"
     pool = make_pool(tmp_path / "pool")
-    assert main(["init", "--pool", str(pool), "--out", str(target)]) == 1
+    assert main(["init", "--pool", str(pool), "--out", str(target)]) == 0
     captured = capsys.readouterr()
     assert re.search(r"not indexed yet: .*get them with `modelscope download", captured.err)
     config = load_config(target)
@@ -209,3 +209,13 @@ def test_doctor_tells_unusable_files_from_missing_ones(tmp_path: Path, capsys) -
         "float8 checkpoint with separate scales" in text and "ae.safetensors is incomplete" in text
     )
     assert "'text_encoder/*' 'tokenizer/*' 'tokenizer_2/*'" in found["model"]["command"]
+
+
+def test_init_sets_what_the_search_reads_with(tmp_path: Path, make_pool, capsys) -> None:
+    pool = make_pool(tmp_path / "pool")
+    out = tmp_path / "a.yaml"
+    arguments = ["init", "--pool", str(pool), "--out", str(out), "--text"]
+    assert main([*arguments, "nonsense"]) == 2 and not out.exists()
+    assert "text" in capsys.readouterr().err
+    assert main([*arguments, "minilm"]) == 0
+    assert load_config(out).text == "minilm"

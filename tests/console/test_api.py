@@ -383,3 +383,14 @@ def test_a_closed_connection_ends_the_job_and_the_queue_moves_on(studio) -> None
         server.should_exit = True
         thread.join(20)
         listener.close()
+
+
+def test_names_with_marks_of_sentences_are_kept_whole(client, studio, tmp_path) -> None:
+    name = "neon; night -- a,b.safetensors"
+    data = (studio.pipe.config.pool / "neon.safetensors").read_bytes()
+    answer = client.post("/api/pool", files={"file": (name, data)})
+    assert answer.status_code == 400
+    assert answer.json()["error"] == f"{name} is in the pool already, as 'neon'."
+    answer = client.post("/api/pool", files={"file": ("neon.safetensors", data[:-4])})
+    assert answer.status_code == 400 and answer.json()["error"].startswith("neon.safetensors ")
+    assert "--" not in answer.json()["error"]

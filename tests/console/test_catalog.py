@@ -2,7 +2,9 @@
 
 import io
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 from autolora.console.catalog import Catalog, Covers, Item
 from autolora.errors import PoolError
+from autolora.generate.picture_texts import read_texts
 from autolora.lora import Pool, save_lora
 from tests.conftest import random_factors
 
@@ -189,3 +192,62 @@ def test_a_read_only_folder_only_costs_time(tmp_path: Path) -> None:
     (tmp_path / "small").write_text("a file where the folder should be")
     item = make_item(tmp_path / "x.safetensors", cover)
     assert Covers(tmp_path / "small").get(item).startswith(b"RIFF")
+
+
+def test_large_covers_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    from autolora.console import catalog
+
+    cover = tmp_path / "x.png"
+    Image.new("RGB", (50, 50), "red").save(cover)
+    at_once, most = [], []
+    shrunk = catalog._shrunk
+
+    def watched(picture, side):
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.02)
+        at_once.pop()
+        return shrunk(picture, side)
+
+    monkeypatch.setattr(catalog, "_shrunk", watched)
+    monkeypatch.setattr(catalog, "LARGE_PIXELS", 100)
+    covers = Covers(tmp_path / "small")
+    items = [make_item(tmp_path / f"{n}.safetensors", cover) for n in range(6)]
+    with ThreadPoolExecutor(6) as threads:
+        assert all(threads.map(covers.get, items))
+    assert len(most) == 6 and max(most) == 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_of_moving_pictures_only_the_first_frame_is_decoded(
+    tmp_path: Path, monkeypatch, kind
+) -> None:
+    frames = [Image.new("RGB", (40, 30), (n, 200, 20)) for n in range(5)]
+    cover = tmp_path / f"x.{kind.lower()}"
+    frames[0].save(cover, kind, save_all=True, append_images=frames[1:], duration=20)
+    decoded = []
+    real = type(Image.open(cover)).load
+    monkeypatch.setattr(
+        type(Image.open(cover)), "load", lambda self: decoded.append(self.tell()) or real(self)
+    )
+    assert Covers(tmp_path / "small").get(make_item(tmp_path / "x.safetensors", cover))
+    assert decoded and set(decoded) == {0}
+    if kind != "GIF":
+        decoded.clear()
+        assert read_texts(cover) == {} and decoded == []
+
+
+def test_colours_of_every_mode_are_kept(tmp_path: Path) -> None:
+    for number, mode in enumerate(("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK")):
+        cover = tmp_path / f"{number}.{'jpg' if mode == 'CMYK' else 'png'}"
+        full = 65535 if mode == "I;16" else 255
+        white = 0 if mode == "CMYK" else 1 if mode == "1" else full
+        picture = Image.new("RGB", (300, 300), "white").convert(mode) if mode == "P" else None
+        if picture is None:
+            bands = len(Image.new(mode, (1, 1)).getbands())
+            picture = Image.new(mode, (300, 300), white if bands == 1 else (white,) * bands)
+        picture.save(cover)
+        item = make_item(tmp_path / f"{number}.safetensors", cover)
+        with Image.open(io.BytesIO(Covers(tmp_path / "small").get(item))) as small:
+            assert small.size == (256, 256)
+            assert min(small.convert("RGB").getpixel((9, 9))) > 245, mode

@@ -322,3 +322,11 @@ def test_an_encoder_of_newcomers_survives_the_file(tmp_path: Path) -> None:
     torch.testing.assert_close(again.judge(text, loras, known), retriever.judge(text, loras, known))
     with pytest.raises(RetrievalError, match="another beside it"):
         Retriever(replace(retriever.spec, weights=(1.0,)), retriever.members[:1])
+
+
+def test_a_pool_of_one_file_gives_no_warning(recwarn) -> None:
+    """One reference has no deviation: what is usual is then not known, and nothing is infinite."""
+    text, lora = torch.eye(4)[:2], torch.eye(4)[1:2]
+    scores = standard_scores(text, lora, torch.eye(4)[:1], lora)
+    assert scores.shape == (2, 1, 2) and torch.isfinite(scores).all()
+    assert not recwarn.list
