@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from autolora import AutoLoRAPipeline
 from autolora.config import PipelineConfig
 from autolora.fusion import attached_layers
+from autolora.unit import LoRAUnit
 from tests.families.flux1 import real_format
 
 CLIP = {
@@ -100,3 +101,14 @@ def test_both_text_encoders_act_as_if_the_changes_were_in_their_weights(pipes) -
     assert not attached_layers(pipe.base.text_encoder_1)
     assert not attached_layers(pipe.base.text_encoder_2)
     assert np.array_equal(np.asarray(draw(pipe).image, float), pictures[0])
+
+
+def test_a_unit_weighs_its_part_for_text_encoders(pipes) -> None:
+    pipe, _ = pipes
+    acting = draw(pipe, loras=[("words", STRENGTH)], strategy="sum", text_encoders=True)
+    unit = LoRAUnit("words", 0.1, text_encoder=STRENGTH)
+    alone = draw(pipe, loras=[unit], strategy="sum")
+    assert alone.image.tobytes() == acting.image.tobytes()
+    assert alone.report.adapters[0].text_encoder == STRENGTH
+    silent = draw(pipe, loras=[LoRAUnit("words", text_encoder=0)], text_encoders=True)
+    assert silent.image.tobytes() == draw(pipe).image.tobytes()
