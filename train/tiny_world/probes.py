@@ -283,7 +283,8 @@ def train_probe(
 ) -> Probe:
     """Trains the probe on labelled pictures; ``names`` are those of subjects and styles."""
     torch.manual_seed(0)
-    probe = Probe(*names).to(device)
+    # Channels last, since convolutions in bfloat16 are several times faster so on a CPU.
+    probe = Probe(*names).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.02)
     steps = max(1, epochs * (len(data.pictures) // 128))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -291,6 +292,7 @@ def train_probe(
     for step in progress(range(steps), "probe", total=steps):
         pick = torch.randint(len(data.pictures), (128,), generator=generator)
         pictures = _augment(data.pictures[pick].to(device).float())
+        pictures = pictures.to(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16):
             subject, style = probe(pictures)
         smooth = {"label_smoothing": 0.05}
