@@ -39,7 +39,11 @@ app = typer.Typer(
 )
 # In the order of the help, which has groups last: pictures, finding LoRAs, setting up.
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
-app.command("show", epilog=show.EXAMPLES)(show.show)
+app.command(
+    "show",
+    epilog=show.EXAMPLES,
+    short_help="Show how a picture was made, by this or another program.",
+)(show.show)
 app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("search", epilog=search.SEARCH_EXAMPLES)(search.search)
 app.add_typer(pool_app, name="pool")
