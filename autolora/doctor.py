@@ -26,7 +26,7 @@ from autolora.runtime.hardware import (
     why_no_cuda,
 )
 from autolora.runtime.memory import GIB, ModelSizes, all_needs, estimate, plan_memory
-from autolora.safetensors_io import gigabytes
+from autolora.safetensors_io import gigabytes, read_headers
 
 PROGRAMS = (
     "autolora",
@@ -112,6 +112,7 @@ def _examine_files(
         or not family.parts[name].optional
         or getattr(config.checkpoint, name) is not None
     }
+    located = _in_one_file(family, located)
     broken = {name: p for name, entry in located.items() if (p := _wrong(family, entry))}
     absent = [n for n, entry in located.items() if not entry.complete and not entry.candidates]
     if absent:
@@ -135,6 +136,22 @@ def _examine_files(
         "parameters": {} if sizes is None else _parameters(sizes),
     }
     return model, sizes
+
+
+def _in_one_file(family: Family, located: dict[str, Located]) -> dict[str, Located]:
+    """Leave out parts that are inside the denoiser's file."""
+    denoiser = located.get("transformer")
+    if not family.whole_file or denoiser is None or not denoiser.complete:
+        return located
+    try:
+        whole = family.whole_file in read_headers(denoiser.paths)
+    except ConfigError:  # which is told of the part
+        return located
+    return {
+        name: entry
+        for name, entry in located.items()
+        if entry is denoiser or family.parts[name].folder or not whole
+    }
 
 
 def _parameters(sizes: ModelSizes) -> dict[str, int]:

@@ -500,13 +500,17 @@ class Recipe:
             the final modulation as scale and shift, BFL and DiffSynth as shift and scale.
         leading: How many dimensions of size 1 to put in front.
         trailing: How many dimensions of size 1 to put behind: 1 x 1 convolutions that are kept
-            as linear layers.
+            as linear layers. A negative number takes them away.
+        part: Which of how many equal parts of the rows it is, counted from 0.
+        transposed: Whether rows and columns change places.
     """
 
     sources: tuple[str, ...]
     swap_halves: bool = False
     leading: int = 0
     trailing: int = 0
+    part: tuple[int, int] = (0, 1)
+    transposed: bool = False
 
 
 def shape_of(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
@@ -515,6 +519,12 @@ def shape_of(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> tuple[int, ..
     joined = shapes[0]
     if len(shapes) > 1:
         joined = (sum(shape[0] for shape in shapes), *joined[1:])
+    if recipe.part[1] > 1:
+        joined = (joined[0] // recipe.part[1], *joined[1:])
+    if recipe.transposed:
+        joined = (joined[1], joined[0])
+    if recipe.trailing < 0:
+        joined = joined[: recipe.trailing]
     return (1,) * recipe.leading + joined + (1,) * recipe.trailing
 
 
@@ -543,6 +553,12 @@ def cook(recipe: Recipe, read: Callable[[str], Tensor]) -> Tensor:
     if recipe.swap_halves:
         first, second = tensor.chunk(2)
         tensor = torch.cat((second, first))
+    if recipe.part[1] > 1:
+        tensor = tensor.chunk(recipe.part[1])[recipe.part[0]].contiguous()
+    if recipe.transposed:
+        tensor = tensor.T.contiguous()
+    if recipe.trailing < 0:
+        return tensor.reshape(tensor.shape[: recipe.trailing])
     for _ in range(recipe.leading):
         tensor = tensor[None]
     return tensor[(..., *(None,) * recipe.trailing)] if recipe.trailing else tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from autolora.runtime.checkpoints import Located, PartLayout
     from autolora.runtime.memory import ModelSizes
-
-Prediction = Literal["flow", "epsilon", "v"]
-"""What the denoiser predicts: velocity of a rectified flow, noise, or DDPM's v."""
 
 Load = Callable[[Any, "torch.device"], Any]
 
@@ -72,7 +69,8 @@ class Family:
         decoder: The pipeline's attribute of the autoencoder that decodes.
         text_layer: The denoiser's first attention layer that reads the text stream; empty where
             nothing is said of what a prompt asks for (`autolora.generate.relevance`).
-        telling: A tensor that the denoiser's files have and other families' have not.
+        telling: Tensors of which the denoiser's files have one, and other families' none.
+        whole_file: A tensor of single files that hold all of the model's weights.
         parts: Files of the parts by name (`autolora.config.CheckpointSettings` has the keys).
         packaged: The weights that the package itself ships; a family with them has no parts.
         sizes: Sizes of a model by the headers of its parts; None is `autolora.families.headers`.
@@ -81,7 +79,6 @@ class Family:
         multiple: Pixels that width and height are multiples of.
         channels: Channels of the latents.
         factor: Pixels per latent along a side.
-        prediction: What the denoiser predicts.
         embeds_guidance: Tells of a pipeline whether its model was distilled to take guidance as an
             input; classifier-free guidance is then ``true_cfg``.
         inputs: Further arguments of the pipeline's call, by the prompts of a generation.
@@ -103,7 +100,8 @@ class Family:
     text_encoders: Mapping[str, str] = field(default_factory=dict)
     decoder: str = "vae"
     text_layer: str = ""
-    telling: str = ""
+    telling: tuple[str, ...] = ()
+    whole_file: str = ""
     parts: Mapping[str, PartLayout] = field(default_factory=dict)
     packaged: Path | None = None
     sizes: Callable[[Mapping[str, Located]], ModelSizes | None] | None = None
@@ -112,7 +110,6 @@ class Family:
     multiple: int = 16
     channels: int = 16
     factor: int = 8
-    prediction: Prediction = "flow"
     embeds_guidance: Callable[[Any], bool] = _no_guidance
     inputs: Callable[[Any, Sequence[str]], dict[str, Any]] = _no_inputs
     unpack: Callable[[Tensor, Mapping[str, Any]], Tensor] = _same

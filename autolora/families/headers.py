@@ -64,15 +64,15 @@ class HeaderSizes:
         return self.shapes
 
 
-def inside(tensors: Mapping[str, TensorInfo], telling: str) -> dict[str, str]:
+def inside(tensors: Mapping[str, TensorInfo], telling: tuple[str, ...]) -> dict[str, str]:
     """Names in a file by name without a program's prefix, where one prefix holds the denoiser.
 
     Args:
         tensors: All of the file.
-        telling: A name that the denoiser has.
+        telling: Names of which the denoiser has one.
     """
     for prefix in PREFIXES:
-        if prefix + telling in tensors:
+        if any(prefix + name in tensors for name in telling):
             return {n[len(prefix) :]: n for n in tensors if n.startswith(prefix)}
     return {name: name for name in tensors}
 
@@ -85,7 +85,7 @@ def read_denoiser(family: Family, located: Located) -> dict[str, TensorInfo]:
     """
     tensors = read_headers(located.paths)
     names = inside(tensors, family.telling)
-    if family.telling not in names:
+    if names.keys().isdisjoint(family.telling):
         raise wrong_model(located.paths[0], tensors, f"{family.title}'s denoiser", family)
     found = {plain: tensors[name] for plain, name in names.items()}
     check_plain(found, located.paths[0])
@@ -129,6 +129,8 @@ def model_sizes(family: Family, located: Mapping[str, Located]) -> ModelSizes | 
         if name.endswith(".weight") and len(info.shape) > 1
     }
     width = Counter(inner for _, inner in linears.values()).most_common(1)[0][0]
+    parameters = sum(i.size for i in denoiser.values())
+    everything = read_headers(there["transformer"].paths).values()
     headers = {
         name: read_headers(there[name].paths)
         for name in ("text_encoder", "text_encoder_2", "vae")
@@ -137,10 +139,9 @@ def model_sizes(family: Family, located: Mapping[str, Located]) -> ModelSizes | 
     counts = {name: sum(i.size for i in found.values()) for name, found in headers.items()}
     last = [headers["vae"][n].shape[0] for n in _LAST_NORM if n in headers.get("vae", {})]
     return ModelSizes(
-        denoiser=HeaderSizes(
-            sum(i.size for i in denoiser.values()), width, width, linears, weights
-        ),
-        text_encoder=counts.get("text_encoder", 0),
+        denoiser=HeaderSizes(parameters, width, width, linears, weights),
+        # A file with all parts is counted as a whole.
+        text_encoder=counts.get("text_encoder", 0) + sum(i.size for i in everything) - parameters,
         text_encoder_2=counts.get("text_encoder_2", 0),
         vae=counts.get("vae", 0),
         vae_channels=last[0] if last else 128,

@@ -175,7 +175,7 @@ def _published(name: str) -> str:
     return name.replace("model.language_model.", "model.")
 
 
-def write_sdxl(root: Path) -> Path:
+def write_sdxl(root: Path, layers: int = 1) -> Path:
     """Stable Diffusion XL in diffusers' folders."""
     from diffsynth.models.stable_diffusion_vae import StableDiffusionVAE
     from diffsynth.models.stable_diffusion_xl_unet import SDXLUNet2DConditionModel
@@ -189,7 +189,7 @@ def write_sdxl(root: Path) -> Path:
     unet = skeleton(
         lambda: SDXLUNet2DConditionModel(
             block_out_channels=(32, 64, 64),
-            layers_per_block=1,
+            layers_per_block=layers,
             cross_attention_dim=128,
             attention_head_dim=[1, 1, 1],
             transformer_layers_per_block=[1, 1, 2],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,17 @@ from transformers import CLIPTokenizer
 from autolora.errors import ConfigError, shown
 from autolora.families.base import Family
 from autolora.families.beside import load_beside
-from autolora.families.loading import Component, Reader, find_parts, load_family
+from autolora.families.loading import Component, Reader, find_parts, load_family, part_names
+from autolora.families.sdxl.single_file import (
+    AUTOENCODER,
+    CLIP_G,
+    CLIP_L,
+    UNET,
+    autoencoder_recipes,
+    clip_g_recipes,
+    clip_l_recipes,
+    unet_recipes,
+)
 from autolora.safetensors_io import Shapes, count_blocks
 
 _Convert = Callable[[dict[str, Any]], dict[str, Any]]
@@ -145,12 +156,32 @@ COMPONENTS = (
 )
 
 
+def _components(names: Collection[str]) -> list[Component]:
+    """Components, out of the one file that the UNet is in where it holds them, too."""
+    single = {
+        "unet": (UNET, unet_recipes),
+        "text_encoder": (CLIP_L, clip_l_recipes),
+        "text_encoder_2": (CLIP_G, clip_g_recipes),
+        "vae": (AUTOENCODER, autoencoder_recipes),
+    }
+    found = []
+    for component in COMPONENTS:
+        prefix, recipes = single[component.attribute]
+        there = any(name.startswith(prefix) for name in names)
+        found.append(
+            replace(component, part="transformer", recipes=recipes) if there else component
+        )
+    return found
+
+
 def load(family: Family, config: Any, device: torch.device) -> Any:
     """Load SDXL; see `autolora.families.loading.load_family`."""
     readers = [
         Reader(name, name, CLIPTokenizer.from_pretrained) for name in ("tokenizer", "tokenizer_2")
     ]
-    pipe = load_family(family, config, device, COMPONENTS, readers)
+    denoiser = find_parts(config, family, ["transformer"])["transformer"]
+    components = _components(part_names(denoiser))
+    pipe = load_family(family, config, device, components, readers)
     load_beside(pipe, config)
     pipe.scheduler = _scheduler(config, family)
     return pipe
