@@ -51,6 +51,8 @@ _TIMESTEP = 1000.0
 _GUIDANCE = 3.5
 _SMALLEST = 1e-12
 _RANK = 32
+SURE_SEARCH = 0.9
+"""Probability from which the search's word is taken, whatever the adapter answers."""
 _RIDGE = 0.1
 """Of the words' mean variance."""
 
@@ -201,7 +203,8 @@ def judge(
     responses: dict[str, Response | None] = {}
     for entry in chosen:
         words = relevance.of(entry.lora, prompt)
-        named = is_named(entry.lora, prompt)
+        # The search also knows other names of a thing, which a small delta need not answer to.
+        named = is_named(entry.lora, prompt) or (entry.score or 0.0) >= SURE_SEARCH
         responses[entry.lora.name] = None if words is None else Response(words, named)
     kept = strategy.choose(responses)
     judged = []

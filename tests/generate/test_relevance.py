@@ -168,6 +168,10 @@ def test_only_optional_adapters_are_silenced_and_none_that_is_subtracted(pipe) -
         assert not entry.quiet and entry.acting == kept.strength
     (named,) = judge(Quiet(), get_strategy("autolora"), "a Rocket", chosen[:1])
     assert not named.quiet
+    for score, quiet in ((0.9, False), (0.89, True)):
+        hit = Chosen(rocket, 1.0, "found", score=score, optional=True)
+        (entry,) = judge(Quiet(), get_strategy("autolora"), "a hill", [hit])
+        assert entry.quiet is quiet
     assert judge(None, get_strategy("autolora"), "a hill", chosen) == chosen
 
 

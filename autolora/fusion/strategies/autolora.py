@@ -24,8 +24,8 @@ class AutoLoRA(Gated):
     prompt's words as a standard score over neutral prompts (`autolora.generate.relevance`). It is
     kept where ``z >= SURE``, silenced where ``z < DOUBT``. At the word that it answers to most, the
     other adapters are looked at, too: whoever answers there to something that another one claims
-    has only been touched by it. One whose name or trigger word is in the prompt is kept, and so is
-    one that says nothing about texts.
+    has only been touched by it. One whose name or trigger word is in the prompt, or of which
+    the search is sure, is kept, and so is one that says nothing about texts.
 
     What is kept acts as under the plain sum or, where there are trained gates, through these; its
     strength is never lowered: wanted adapters lose more by a weaker strength than by a neighbour.

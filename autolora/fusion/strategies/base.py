@@ -36,7 +36,7 @@ class Response:
 
     Attributes:
         words: Standard score of its response to each word of the prompt, over neutral prompts.
-        named: Whether the prompt has its name or a trigger word of it.
+        named: Whether the prompt has its name or a trigger word of it, or the search is sure.
     """
 
     words: tuple[float, ...]
