@@ -1,5 +1,6 @@
 """Files that cannot be used: one sentence each, naming the file, the key and the fault."""
 
+import json
 import os
 import pickle
 import socket
@@ -360,3 +361,28 @@ def test_names_with_line_breaks_stay_on_one_line(tmp_path):
     path = tmp_path / "two\nlines \u202e.safetensors"
     path.write_bytes(b"")
     assert "two\\nlines" in message_for(path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"])
+def test_initializations_that_change_the_base_are_refused(tmp_path, start):
+    path = tmp_path / "a.safetensors"
+    entries = {"transformer.r": 2, "transformer.init_lora_weights": start}
+    header = {"lora_adapter_metadata": json.dumps(entries)}
+    path.write_bytes(save({DOWN: DOWN_OK, UP: UP_OK}, header))
+    message = message_for(path)
+    assert start in message and "path_initial_model_for_weight_conversion" in message
+    for plain in (True, "gaussian", "eva", "orthogonal"):
+        entries["transformer.init_lora_weights"] = plain
+        dotted = "transformer.transformer_blocks.0.attn.to_out.0"
+        tensors = {f"{dotted}.lora_A.weight": DOWN_OK, f"{dotted}.lora_B.weight": UP_OK}
+        path.write_bytes(save(tensors, {"lora_adapter_metadata": json.dumps(entries)}))
+        assert LoRA.load(path).layers == ["blocks.0.attn.a_to_out"]
+
+
+def test_token_embeddings_beside_layers_are_left_out_with_a_reason(tmp_path):
+    path = tmp_path / "a.safetensors"
+    extra = {"bundle_emb.me.clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 8)}
+    path.write_bytes(save({DOWN: DOWN_OK, UP: UP_OK} | extra))
+    dropped = LoRA.load(path).report.dropped
+    assert set(dropped) == set(extra)
+    assert all("token embedding" in reason for reason in dropped.values())
