@@ -431,7 +431,7 @@ def _is_pipeline(file: Path) -> bool:
     """Tell base models from other YAML files, such as what training programs read."""
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(raw, Mapping) and "kind" in raw
 
@@ -455,8 +455,10 @@ def load_config(source: str | Path) -> PipelineConfig:
     """
     path = find_config(source)
     try:
+        if not path.is_file():
+            raise OSError("it is no file")
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = shown(" ".join(str(error).split()))
         raise ConfigError(f"{shown(path)} cannot be read as YAML: {reason}.") from error
     if not isinstance(raw, Mapping):

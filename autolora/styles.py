@@ -224,6 +224,8 @@ def read_style(file: Path) -> Style:
         The style; where the file cannot be used, one that says why.
     """
     try:
+        if not file.is_file():
+            raise ConfigError("it is no file, but a pipe, a device or a folder.")
         if file.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError("it is too large for a style.")
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))

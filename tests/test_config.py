@@ -125,3 +125,24 @@ def test_another_pool_gets_an_index_of_its_own(tmp_path: Path) -> None:
     assert len({config.index, one.index, two.index}) == 3
     assert one.index.parent == tmp_path
     assert one.index == config.with_pool(tmp_path / "x" / "pool").index
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps: " + "9" * 400,
+        "steps: " + "9" * 5000,
+        "pool: " + "[" * 3000,
+        "loras: " + "[" * 3000 + "]" * 3000,
+        "loras: &a [*a]",
+        "adapters: &a {cache_gb: *a}",
+        "guidance: 1e999",
+    ],
+    ids=lambda text: text[:12],
+)
+def test_numbers_and_depths_without_end_are_a_sentence(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"kind: tiny\n{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 800

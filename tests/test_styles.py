@@ -1,5 +1,6 @@
 """Styles: read, broken, changed while the console runs, saved."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,13 @@ def test_names_that_are_no_file_names_are_refused(tmp_path: Path, name) -> None:
     with pytest.raises(ConfigError):
         Styles([], tmp_path / "own").save(Style(name))
     assert not list(tmp_path.rglob("*.yaml"))
+
+
+def test_a_pipe_among_styles_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "deep.yaml").write_text("title: " + "[" * 3000)
+    (tmp_path / "long.yaml").write_text("title: x\nstrategy: " + "9" * 5000)
+    by_name = {style.name: style for style in Styles([tmp_path], tmp_path / "own").all()}
+    assert "no file" in by_name["pipe"].problem
+    assert "cannot be read" in by_name["deep"].problem
+    assert "cannot be read" in by_name["long"].problem

@@ -169,10 +169,9 @@ class Guard:
                     self.failures.add(address)
                 return 401, "A user name and password are needed."
         origin = headers.get("origin")
-        if scope["method"] not in _SAFE and origin is not None:
-            parts = urlsplit(origin)
-            if parts.netloc.lower() != headers.get("host", "").lower():
-                return 403, "Requests from other web sites are not taken."
+        foreign = origin is not None and _place(origin) != headers.get("host", "").lower()
+        if scope["method"] not in _SAFE and foreign:
+            return 403, "Requests from other web sites are not taken."
         return None
 
     def _limit(self, path: str) -> int:
@@ -196,6 +195,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _place(origin: str) -> str:
+    """Host and port of an origin; empty where it is none, such as ``http://[``."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _host_name(host: str) -> str:

@@ -394,3 +394,16 @@ def test_names_with_marks_of_sentences_are_kept_whole(client, studio, tmp_path) 
     answer = client.post("/api/pool", files={"file": ("neon.safetensors", data[:-4])})
     assert answer.status_code == 400 and answer.json()["error"].startswith("neon.safetensors ")
     assert "--" not in answer.json()["error"]
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_numbers_without_end_are_a_sentence(client, digits: int) -> None:
+    number = "9" * digits
+    json_type = {"content-type": "application/json"}
+    for field in ("seed", "steps", "guidance", "count", "top_k", "width"):
+        body = f'{{"prompt": "a", "{field}": {number}}}'
+        answer = client.post("/api/generate", content=body, headers=json_type)
+        assert answer.status_code in (400, 422), (field, answer.text)
+    body = f'{{"prompt": "a", "selection": {{"pinned": {{"neon": {number}}}}}}}'
+    assert client.post("/api/cards", content=body, headers=json_type).status_code in (400, 422)
+    assert client.get("/api/search", params={"q": "a", "k": number}).status_code in (400, 422)

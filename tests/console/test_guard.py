@@ -161,3 +161,12 @@ def test_a_port_in_use_is_said_in_one_sentence() -> None:
     open_socket("127.0.0.1", port).close()
     with pytest.raises(ConfigError, match="no address"):
         open_socket("no such host", 0)
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://[", "http://[::1", "http://a:b:c", "null", "http://" + "a" * 5000]
+)
+def test_origins_that_are_none_are_another_site(client, origin: str) -> None:
+    for headers in ({"Origin": origin}, {"Origin": origin, "Host": "localhost"}):
+        answer = client.post("/api/cards", json={"prompt": "a"}, headers=headers)
+        assert answer.status_code == 403
