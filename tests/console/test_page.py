@@ -49,11 +49,11 @@ def run(forms: Forms, *form, **who) -> list:
 
 
 def test_a_picture_comes_with_progress_and_the_buttons_change(forms: Forms) -> None:
-    shown = run(forms, *values(steps=4))
+    shown = run(forms, *values(steps=12))  # long enough to be seen between two looks
     stages = [stage for stage, *_ in shown]
     assert stages[-1]["state"] == "done" and stages[-1]["pictures"][0]["seed"] == 3
     assert any(stage["preview"].startswith("data:image/jpeg;base64,") for stage in stages)
-    assert {stage["total"] for stage in stages} >= {4}
+    assert {stage["total"] for stage in stages} >= {12}
     first, last = shown[0][1:], shown[-1][1:]
     assert [button["interactive"] for button in first] == [False, True]
     assert [button["interactive"] for button in last] == [True, False]
