@@ -224,6 +224,9 @@ def test_what_was_typed_outlives_a_reload(page) -> None:
     type_prompt(page, "a neon elephant", "neon", "elephant")
     page.click(".al-card[data-name='neon'] .al-drop")
     page.wait_for_selector(".al-gone")
+    # What was typed is kept a moment later; a busy machine takes longer than a click.
+    kept = "() => (sessionStorage.getItem('autolora-draft') || '').includes('77')"
+    page.wait_for_function(kept)
     page.reload()
     page.wait_for_selector(".al-card[data-name='elephant']")
     page.wait_for_selector(".al-gone")
