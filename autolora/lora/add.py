@@ -139,10 +139,10 @@ def _entries(path: Path, loaded: object) -> Mapping[str, Any]:
             break
         loaded = inner[0]
     if not isinstance(loaded, dict) or not loaded:
-        raise _refused(path, "holds no table of named tensors; use a LoRA made for FLUX.1")
+        raise _refused(path, "holds no table of named tensors; it is no LoRA")
     for key in loaded:
         if not isinstance(key, str) or key == "__metadata__":
-            raise _refused(path, f"names a tensor {shown(key, 60)!r}; use a LoRA made for FLUX.1")
+            raise _refused(path, f"names a tensor {shown(key, 60)!r}; it is no LoRA")
     return loaded
 
 
