@@ -103,6 +103,7 @@ class Builder:
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.split: Split = split_world()
         self.model_file = work / "tiny-flux.safetensors"
+        self._begun_at = work / "begun-at-step"  # of the relay that this run went on from
         self.pools = {which: work / "pool" / which for which in ("shipped", "large")}
 
     def _autoencoder(self) -> dict[str, Any]:
@@ -138,7 +139,9 @@ class Builder:
         wanted = self.config.model
         if RELAY.exists():
             dit, step = load_relay(RELAY)
-            print(f"begins from the weights handed on at step {step}")
+            if not (self.work / "base.pt").exists():
+                print(f"begins from the weights handed on at step {step}")
+                self._begun_at.write_text(str(step), encoding="utf-8")
         else:
             shipped = load_tiny(SHIPPED)[1]["dit"]
             dit = widen(shipped, wanted.heads, wanted.text_length)
@@ -183,8 +186,8 @@ class Builder:
     def hand_on(self) -> None:
         """Writes the newest averaged weights where the next run finds them, in any checkout."""
         weights, step = averaged_weights(self.work)
-        before = load_relay(RELAY)[1] if RELAY.exists() else 0
-        save_relay(RELAY, self.config.model, weights, step, f"{before} steps before these")
+        step += int(self._begun_at.read_text()) if self._begun_at.exists() else 0
+        save_relay(RELAY, self.config.model, weights, step)
         print(f"step {step}: {RELAY.stat().st_size / 1e6:.1f} MB")
 
     def _model_file(self, name: str) -> tuple[Any, dict[str, Any]]:

@@ -28,9 +28,9 @@ RELAY = Path(__file__).with_name("weights") / "relay.safetensors"
 
 
 def save_relay(
-    path: Path, config: TinyFluxConfig, weights: Mapping[str, Tensor], step: int, note: str = ""
+    path: Path, config: TinyFluxConfig, weights: Mapping[str, Tensor], step: int
 ) -> None:
-    """Writes the averaged weights of a step; ``note`` is kept in the header."""
+    """Writes the averaged weights after ``step`` steps, those of all earlier legs included."""
     tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
         if value.ndim != 2:
@@ -39,7 +39,7 @@ def save_relay(
         scale = (value.abs().amax(1, keepdim=True) / LARGEST_CODE).clamp_min(1e-6).half()
         tensors[f"{name}.scale"] = scale.contiguous()
         tensors[f"{name}.codes"] = _deflated((value.float() / scale.float()).round())
-    header = {"config": json.dumps(asdict(config)), "step": str(step), "note": note}
+    header = {"config": json.dumps(asdict(config)), "step": str(step)}
     with replacing(path) as part:
         save_file(tensors, str(part), metadata=header)
 
