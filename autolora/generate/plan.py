@@ -508,17 +508,17 @@ class Planner:
     ) -> list[Chosen]:
         """Let a strategy silence what the prompt does not ask for.
 
-        What was found, or came with a style or the configuration, may be silenced. What a person
-        named may be only where the person also chose the strategy; tags and pins never.
+        What was found may be silenced. What a person named in the call may be only where the call
+        also chose the strategy; tags, pins and the LoRAs of a style or a configuration never.
         """
         from autolora.generate.relevance import judge, relevance_of
 
         judged = []
         for entry in chosen:
             source = sources.get(entry.lora.name, "attached")
-            free = source in ("found", "style", "model")
-            named = explicit is not None and source not in ("prompt", "pinned")
-            judged.append(replace(entry, optional=entry.optional or free or named))
+            fixed = source in ("prompt", "pinned", "style", "model")
+            free = source == "found" or (explicit is not None and not fixed)
+            judged.append(replace(entry, optional=entry.optional or free))
         if not any(entry.optional for entry in judged):
             return judged
         if self._relevance is None:

@@ -68,7 +68,7 @@ class KeyMatch:
     @property
     def reads_peft(self) -> bool:
         """Whether a PEFT configuration in the header, or beside the file, may hold its alpha."""
-        return not self.prefix.startswith(FLAT) and "." in self.path + self.prefix
+        return not self.prefix.startswith(FLAT)
 
 
 @dataclass(frozen=True)
